@@ -1,0 +1,54 @@
+# make demo: set up and draw pictures.  make test: set up and run every fast check.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-all lint bench docs docs-check setup setup-dev clean
+
+demo: $(VENV)/.demo
+	$(BIN)/ditloom generate --model emoji "a red apple" "a sad cat" "a rocket" "a slice of pizza" "a blue heart" "a fire truck" "a smiling sun" "a green dinosaur" --seed 0 --out out/demo
+
+test: $(VENV)/.dev lint
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n 2
+
+test-all: $(VENV)/.dev lint
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n 2 -m ""
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check src tests recipes benchmarks
+	$(BIN)/ruff format --check --diff src tests recipes benchmarks >/dev/null || (echo "run: ruff format src tests recipes benchmarks"; exit 1)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m docs.generate
+
+docs-check: $(VENV)/.dev
+	$(BIN)/python -m docs.generate --check
+
+setup: $(VENV)/.demo
+setup-dev: $(VENV)/.dev
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes in first: a later resolver would otherwise pick a build with gigabytes of GPU libraries
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(VENV)/.demo: pyproject.toml $(VENV)/.torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[text]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[text,hub,eval,plots,dev]'
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) out runs

@@ -1,0 +1,1 @@
+"""Published trunks, one family a file, composed of parts."""

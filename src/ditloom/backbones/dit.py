@@ -1,0 +1,211 @@
+"""DiT: Scalable Diffusion Models with Transformers (Peebles & Xie, ICCV 2023, arXiv 2212.09748)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ditloom.contracts.backbone import NOTHING, Backbone, BackboneConfig, Block, check_size
+from ditloom.contracts.condition import Condition
+from ditloom.contracts.layout import Layout, Segment
+from ditloom.contracts.plan import BlockPlan
+from ditloom.contracts.registry import register
+from ditloom.contracts.streams import Context, Memory, Streams
+from ditloom.contracts.time import DISCRETE_1000, TimeInput
+from ditloom.parts import attention, cost
+from ditloom.parts.embedders import LabelEmbedding, TimeEmbedding
+from ditloom.parts.feed_forward import MLP
+from ditloom.parts.modulation import AdaLN
+from ditloom.parts.norms import LayerNorm, modulate
+from ditloom.parts.patches import PatchEmbed, unpatchify, xavier_as_linear_, xavier_linears_, zero_
+from ditloom.parts.segments import join, main_modulation, modulation
+from ditloom.sites.visit import take_rows, visit
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig(BackboneConfig):
+    """Settings of a DiT. `classes=0`: unconditional. `image_size` is the native latent size; any other works too.
+
+    `null_class` adds the row that label dropout uses. `learn_sigma` doubles the outputs: prediction, then variance.
+    """
+
+    family: ClassVar[str] = "dit"
+
+    depth: int
+    width: int
+    heads: int
+    patch: int = 2
+    image_size: int = 32
+    channels: int = 4
+    classes: int = 1000
+    null_class: bool = True
+    learn_sigma: bool = True
+    mlp_ratio: float = 4.0
+    time: TimeInput = DISCRETE_1000
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the prediction."""
+        return self.channels * (1 + self.learn_sigma)
+
+    def build(self) -> DiT:
+        return DiT(self)
+
+
+class DiTBlock(Block):
+    """x += g1 Attn(mod(LN x)); x += g2 MLP(mod(LN x)); shifts, scales and gates from c by adaLN-Zero."""
+
+    sites = ("attn", "mlp")
+    stages = ("modulated_in", *attention.STAGES, "ff_hidden")
+    row_sites = ("mlp",)
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
+        self.attn = attention.Projections(width, heads)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.modulation = AdaLN(width, 6)
+
+    def forward(
+        self, streams: Streams, context: Context, plan: BlockPlan | None = None, given: Mapping[str, Any] = NOTHING
+    ) -> tuple[Streams, dict[str, Any]]:
+        x, layout = streams["image"], streams.layout
+        at = visit(plan, given, layout)
+        chunks = (context.spread(m, layout) for m in self.modulation(context.modulation["image"]))
+        shift1, scale1, gate1, shift2, scale2, gate2 = chunks
+
+        def attend(h: Tensor) -> Tensor:
+            q, k, v = self.attn.heads_of(h, context.rotary.get("image"), at)
+            return self.attn.out(attention.attend(q, k, v, layout, context.rule, context.gates, at), at)
+
+        h = at.tap("modulated_in", modulate(self.norm1(x), shift1, scale1))
+        x = torch.addcmul(x, gate1, at.around("attn", attend, h))
+        h = modulate(self.norm2(x), shift2, scale2)
+        mlp_rows = lambda index: self.mlp(take_rows(h, index))  # noqa: E731
+        x = torch.addcmul(x, gate2, at.around("mlp", lambda h: self.mlp(h, at), h, rows=mlp_rows))
+        return streams.updated(image=x), at.kept
+
+    def modulated_in(self, streams: Streams, context: Context) -> Tensor:
+        shift, scale, *_ = self.modulation(context.modulation["image"])
+        spread = context.spread
+        return modulate(self.norm1(streams["image"]), spread(shift, streams.layout), spread(scale, streams.layout))
+
+    def macs(self, layout: Layout) -> dict[str, int]:
+        n = layout.length()
+        width = self.attn.qkv.in_features
+        return {
+            "attn": self.attn.macs(n) + cost.attention(n, n, width),
+            "mlp": self.mlp.macs(n),
+            "rest": self.modulation.macs(len(layout.groups("image"))),
+        }
+
+
+class Head(nn.Module):
+    """linear(mod(norm x)) with shift and scale from c, tokens to patches [B, N, p * p * C_out]."""
+
+    def __init__(self, width: int, patch: int, out_channels: int, norm: nn.Module | None = None):
+        super().__init__()
+        self.norm = norm or LayerNorm(width)
+        self.modulation = AdaLN(width, 2)
+        self.linear = nn.Linear(width, patch * patch * out_channels)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+    def macs(self, tokens: int) -> int:
+        return cost.linear(self.linear, tokens) + self.modulation.macs(1)
+
+
+@register("dit", paper="Scalable Diffusion Models with Transformers, arXiv 2212.09748")
+class DiT(Backbone):
+    """A plain ViT over latent patches, conditioned on time and class by adaLN-Zero.
+
+    x [B, C, H, W] with H, W multiples of the patch; prediction [B, C or 2C, H, W].
+    """
+
+    missing: ClassVar[Mapping[str, str]] = {
+        "cross": "DiT is conditioned through adaLN and has no cross-attention",
+        "skip": "DiT has no long skips",
+        "temporal": "DiT has no temporal attention",
+    }
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.preset = config
+        width = config.width
+        self.x_embedder = PatchEmbed(config.patch, config.channels, width)
+        self.t_embedder = TimeEmbedding(width)
+        self.y_embedder = LabelEmbedding(config.classes, width, config.null_class) if config.classes else None
+        self.blocks = nn.ModuleList(self.make_block() for _ in range(config.depth))
+        self.final_layer = self.make_head()
+        self.initialise()
+
+    def make_block(self) -> Block:
+        return DiTBlock(self.preset.width, self.preset.heads, self.preset.mlp_ratio)
+
+    def make_head(self) -> Head:
+        return Head(self.preset.width, self.preset.patch, self.preset.out_channels)
+
+    def initialise(self) -> None:
+        """As published: xavier, N(0, 0.02) embeddings, zero modulation and output, so that the network starts at 0."""
+        xavier_linears_(self)
+        xavier_as_linear_(self.x_embedder.proj.weight)
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(linear.weight, std=0.02)
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        zero_(*(block.modulation for block in self.blocks), self.final_layer.modulation, self.final_layer.linear)
+
+    def prepare(self, condition: Condition) -> Memory:
+        if self.y_embedder is None:
+            return Memory()
+        return Memory(vector=self.y_embedder(self.y_embedder.check(condition.label)))
+
+    def embed(
+        self, x: Tensor, time: Tensor, memory: Memory, segments: Sequence[Segment] = ()
+    ) -> tuple[Streams, Context]:
+        check_size(x, self.preset.channels, self.preset.patch, type(self).__name__)
+        joined = join(x.to(self.dtype), self.x_embedder, segments, absolute=True)
+        emb = self.t_embedder(time)
+        c = modulation(emb, memory.vector, segments, lambda t: self.t_embedder(self.preset.time.native(t)))
+        rotary = self.rotary(joined.positions)
+        context = Context(modulation={"image": c}, rotary={"image": rotary} if rotary else {}, time=emb)
+        return Streams({"image": joined.tokens}, joined.layout), context
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The rotary table of all tokens; DiT has none."""
+        return None
+
+    def head(self, streams: Streams, context: Context) -> Tensor:
+        image = streams.segment("image")
+        tokens = self.final_layer(image, main_modulation(streams, context))
+        return unpatchify(tokens, self.preset.patch, streams.layout.grid)
+
+    def example(self, batch: int = 1, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Condition]:
+        c = self.preset
+        x = torch.randn(batch, c.channels, c.image_size, c.image_size, device=device)
+        label = torch.randint(c.classes, (batch,), device=device) if c.classes else None
+        return x, torch.rand(batch, dtype=torch.float64, device=device), Condition(label=label)
+
+    def end_macs(self, layout: Layout) -> dict[str, int]:
+        image = layout.span("image").length
+        embed = self.x_embedder.macs(image) + cost.linears(self.t_embedder, 1)
+        return {"embed": embed, "head": self.final_layer.macs(image)}
+
+
+def _sizes(table: Mapping[str, tuple[int, int, int]], patches: Sequence[int]) -> dict[str, DiTConfig]:
+    return {
+        f"DiT-{size}/{p}": DiTConfig(depth=depth, width=width, heads=heads, patch=p)
+        for size, (depth, width, heads) in table.items()
+        for p in patches
+    }
+
+
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+PRESETS = _sizes(SIZES, (2, 4, 8))

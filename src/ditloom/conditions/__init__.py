@@ -1,0 +1,1 @@
+"""Conditioners: what a user types in, to tensors; one file is one encoder."""

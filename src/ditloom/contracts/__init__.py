@@ -1,0 +1,1 @@
+"""What a person implements to extend ditloom: one contract per file."""

@@ -1,0 +1,1 @@
+"""Data sources, their order and the batches made of them."""

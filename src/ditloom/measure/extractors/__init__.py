@@ -1,0 +1,1 @@
+"""Networks that turn pictures into the vectors in which metrics compare them; one file each."""

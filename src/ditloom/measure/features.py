@@ -1,0 +1,79 @@
+"""Pictures to feature vectors, in chunks that never depend on how the pictures were drawn."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ditloom.contracts.errors import UserError
+
+CHUNK = 32
+"""Pictures per forward. Fixed, because a convolution's last bits depend on the batch size."""
+
+
+class Extractor(nn.Module, ABC):
+    """A frozen network from pictures to vectors.
+
+    `tag` names the extractor, its weights and its resizing: it enters every protocol, and features of unlike tags are
+    never compared.
+    """
+
+    tag: ClassVar[str]
+    dimension: int
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 [B, 1 or 3, H, W] to float32 [B, dimension]."""
+
+
+class Classifier(Extractor):
+    """An extractor whose features also feed a classification layer."""
+
+    classes: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def logits(self, features: Tensor) -> Tensor:
+        """[B, dimension] to [B, len(classes)]."""
+
+
+def as_rgb(images: Tensor) -> Tensor:
+    """uint8 [B, 1 or 3, H, W] to float32 [B, 3, H, W] in [0, 255]."""
+    return images.float().expand(-1, 3, -1, -1)
+
+
+@torch.no_grad()
+def extract(extractor: Extractor, images: NDArray[np.uint8]) -> Tensor:
+    """Features [N, dimension] of pictures [N, H, W, C], `CHUNK` at a time in order."""
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8:
+        raise UserError(f"expected uint8 pictures [N, H, W, 1 or 3], got {images.dtype} {list(images.shape)}")
+    chunks = torch.from_numpy(images).permute(0, 3, 1, 2).split(CHUNK)
+    found = [extractor(chunk.contiguous()).float() for chunk in chunks if len(chunk)]
+    return torch.cat(found) if found else torch.empty(0, extractor.dimension)
+
+
+def extract_cached(extractor: Extractor, images: NDArray[np.uint8], folder: Path | None) -> Tensor:
+    """`extract`, kept in `folder` under a hash of the pictures and the extractor's tag; None keeps nothing."""
+    if folder is None:
+        return extract(extractor, images)
+    digest = hashlib.blake2b(f"{extractor.tag} {images.shape}".encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(images))
+    path = folder / f"features-{digest.hexdigest()}.safetensors"
+    try:
+        return load_file(path)["features"]
+    except (OSError, SafetensorError):
+        features = extract(extractor, images)
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}")
+        save_file({"features": features.contiguous()}, beside)
+        beside.replace(path)
+        return features

@@ -1,0 +1,1 @@
+"""What a block is made of. Parts are leaves: they know tensors, never a family."""

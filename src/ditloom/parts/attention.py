@@ -1,0 +1,137 @@
+"""Softmax attention: the projections of one stream, the kernel, and attention under a rule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ditloom.contracts.errors import UserError
+from ditloom.contracts.layout import Layout
+from ditloom.parts import cost
+from ditloom.parts.norms import NORMS
+from ditloom.parts.positions import rotate
+from ditloom.sites.rules import Gates, Rule, Term, compile_term, dense
+from ditloom.sites.visit import BARE, BareVisit, Visit
+
+STAGES = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "q_rope", "k_rope", "logits", "attn_heads", "attn_out")
+EXPLICIT_LIMIT = 1 << 20
+
+
+class Projections(nn.Module):
+    """q, k, v of one stream with optional per-head norms and rotary embedding, and the output projection.
+
+    `qk_norm`: None, "rms" or "layer" over the head dimension. `project_out=False` for a stream whose attention
+    output is dropped (the last text block of MMDiT). Tensors are [B, n, h, d]: tokens stay on axis 1.
+    """
+
+    def __init__(
+        self, width: int, heads: int, qkv_bias: bool = True, qk_norm: str | None = None, project_out: bool = True
+    ):
+        super().__init__()
+        if width % heads:
+            raise UserError(f"width {width} is not a multiple of {heads} heads")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        head_norm = (lambda: NORMS[qk_norm](width // heads, True)) if qk_norm else nn.Identity
+        self.q_norm, self.k_norm = head_norm(), head_norm()
+        if project_out:
+            self.proj = nn.Linear(width, width)
+
+    def heads_of(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, at: Visit | BareVisit = BARE, stream: str = "image"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, n, D] to q, k, v, each [B, n, h, d]; order: projection, norm, rotary embedding."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k, v = at.tap("q_proj", q, stream), at.tap("k_proj", k, stream), at.tap("v_proj", v, stream)
+        q, k = at.tap("q_norm", self.q_norm(q), stream), at.tap("k_norm", self.k_norm(k), stream)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        return at.tap("q_rope", q, stream), at.tap("k_rope", k, stream), v
+
+    def out(self, heads: Tensor, at: Visit | BareVisit = BARE, stream: str = "image") -> Tensor:
+        """Merged heads [B, n, D] through the output projection."""
+        return at.tap("attn_out", self.proj(at.tap("attn_heads", heads, stream)), stream)
+
+    def macs(self, tokens: int) -> int:
+        return cost.linears(self, tokens)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    rule: Rule | None = None,
+    gates: Gates | None = None,
+    at: Visit | BareVisit = BARE,
+) -> Tensor:
+    """Attention of the joint sequence [B, N, h, d] under a rule, to merged heads [B, N, h * d].
+
+    Stored keys and values (`at.extra_keys`) are appended; every query may see them.
+    """
+    if at.wants("logits"):
+        at.keep("logits", logits(q, k))
+    extra = at.extra_keys
+    if rule is None:
+        return kernel(q, *_append(k, v, extra)).flatten(2)
+    total: Tensor | None = None
+    for term in rule.terms:
+        out = _term(q, k, v, layout, term, gates or {}, extra)
+        if isinstance(term.weight, str):
+            out = (gates or {})[term.weight][..., None].to(out.dtype) * out
+        elif term.weight != 1.0:
+            out = term.weight * out
+        total = out if total is None else total + out
+    assert total is not None
+    return total
+
+
+def _term(q: Tensor, k: Tensor, v: Tensor, layout: Layout, term: Term, gates: Gates, extra: Any) -> Tensor:
+    plan = compile_term(term, layout)
+    if plan.kind == "none":
+        return kernel(q, *_append(k, v, extra)).flatten(2)
+    if plan.kind == "dense":
+        mask = dense(term, layout, gates, q.device)
+        keys, values = _append(k, v, extra)
+        mask = F.pad(mask, (0, keys.shape[1] - k.shape[1]), value=True)
+        return kernel(q, keys, values, mask[:, None]).flatten(2)
+    out = torch.empty_like(q)
+    for queries, keys in plan.groups:
+        at_q, at_k = _positions(layout, queries, q.device), _positions(layout, keys, q.device)
+        part = kernel(q[:, at_q], *_append(k[:, at_k], v[:, at_k], extra))
+        out = out.index_copy(1, at_q, part)
+    return out.flatten(2)
+
+
+def _append(k: Tensor, v: Tensor, extra: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    if extra is None:
+        return k, v
+    return torch.cat([k, extra[0].to(k.dtype)], dim=1), torch.cat([v, extra[1].to(v.dtype)], dim=1)
+
+
+def _positions(layout: Layout, names: tuple[str, ...], device: torch.device) -> Tensor:
+    slices = [layout.joint_slice(name) for name in names]
+    return torch.cat([torch.arange(s.start, s.stop, device=device) for s in slices])
+
+
+def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for [B, n, h, d]; mask [B, 1, Nq, Nk] is True where allowed.
+
+    On CPUs in bf16 the explicit products are faster than the fused kernel for short sequences.
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if q.device.type == "cpu" and q.dtype is torch.bfloat16 and q.shape[-2] * k.shape[-2] <= EXPLICIT_LIMIT:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def logits(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T / sqrt(d): [B, h, Nq, Nk]."""
+    return (q * q.shape[-1] ** -0.5).transpose(1, 2) @ k.permute(0, 2, 3, 1)

@@ -1,0 +1,65 @@
+"""Time, class and pooled-text embeddings."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ditloom.contracts.errors import UserError
+
+
+def sinusoid(time: Tensor, width: int = 256, max_period: float = 10000.0) -> Tensor:
+    """[...] times to [..., width], float32: cosines first, then sines; frequencies max_period^(-k / (width/2))."""
+    half = width // 2
+    steps = torch.arange(half, dtype=torch.float32, device=time.device)
+    angles = time.to(torch.float32)[..., None] * torch.exp(-math.log(max_period) * steps / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoid of the native time, then a two-layer SiLU MLP: [...] -> [..., D]. The sinusoid is in float32."""
+
+    def __init__(self, width: int, frequencies: int = 256, max_period: float = 10000.0):
+        super().__init__()
+        self.frequencies, self.max_period = frequencies, max_period
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, time: Tensor) -> Tensor:
+        return self.mlp(sinusoid(time, self.frequencies, self.max_period).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedding(nn.Module):
+    """A table of class vectors; with `null` one more row, index `classes`, stands for "no class"."""
+
+    def __init__(self, classes: int, width: int, null: bool = True):
+        super().__init__()
+        self.classes, self.null = classes, null
+        self.embedding_table = nn.Embedding(classes + int(null), width)
+
+    def forward(self, label: Tensor) -> Tensor:
+        return self.embedding_table(label)
+
+    def check(self, label: Tensor | None) -> Tensor:
+        """The labels, or one clear sentence when they are missing or out of range."""
+        rows = self.embedding_table.num_embeddings
+        if label is None:
+            raise UserError(f"this model is conditional on {self.classes} classes: give Condition(label=...)")
+        if not torch.compiler.is_compiling() and label.device.type == "cpu" and label.numel():
+            low, high = int(label.min()), int(label.max())
+            if low < 0 or high >= rows:
+                null = f" ({self.classes} means no class)" if self.null else ""
+                raise UserError(f"class labels must lie in 0..{rows - 1}{null}; got {low if low < 0 else high}")
+        return label
+
+
+class VectorEmbedding(nn.Module):
+    """A pooled vector through a two-layer SiLU MLP: [B, d] -> [B, D]."""
+
+    def __init__(self, inputs: int, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.mlp(vector.to(self.mlp[0].weight.dtype))

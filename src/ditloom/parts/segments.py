@@ -1,0 +1,114 @@
+"""From x and added segments to one stream: tokens, layout, positions, and the modulation of each group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ditloom.contracts.layout import Layout, Segment, Span
+from ditloom.contracts.streams import Context, Streams
+from ditloom.parts.patches import PatchEmbed
+from ditloom.parts.positions import grid_positions, sincos_at, sincos_grid
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The tokens of one stream [B, n, D], their layout, and their (row, column) positions [n, 2]."""
+
+    tokens: Tensor
+    layout: Layout
+    positions: Tensor
+
+
+def join(
+    x: Tensor, embedder: PatchEmbed, segments: Sequence[Segment] = (), absolute: bool = True, stream: str = "image"
+) -> Joined:
+    """Embed x [B, C, H, W] and the segments of `stream` with one patch embedding; `absolute` adds sine-cosine tables."""
+    grid = (x.shape[-2] // embedder.patch, x.shape[-1] // embedder.patch)
+    tokens = [_embedded(x, embedder, absolute, None)]
+    positions = [grid_positions(*grid)]
+    spans = [Span("image", tokens[0].shape[1], stream)]
+    for segment in (s for s in segments if s.weights == stream):
+        tokens.append(_embedded(segment.tokens.to(x.dtype), embedder, absolute, segment.positions))
+        positions.append(_positions_of(segment, embedder.patch))
+        spans.append(span_of(segment, tokens[-1].shape[1]))
+    joined = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+    placed = positions[0] if len(positions) == 1 else torch.cat(positions)
+    return Joined(joined, Layout(tuple(spans), grid), placed)
+
+
+def span_of(segment: Segment, length: int) -> Span:
+    """The span that a segment of `length` tokens takes."""
+    return Span(segment.name, length, segment.weights, segment.modulation, segment.static, segment.emit)
+
+
+def _embedded(x: Tensor, embedder: PatchEmbed, absolute: bool, positions: Tensor | None) -> Tensor:
+    if x.ndim == 3:
+        return x
+    tokens = embedder(x)
+    if not absolute:
+        return tokens
+    width = tokens.shape[-1]
+    if positions is not None:
+        return tokens + sincos_at(positions.cpu(), width).to(tokens)
+    grid = (x.shape[-2] // embedder.patch, x.shape[-1] // embedder.patch)
+    return tokens + sincos_grid(*grid, width, tokens.dtype, tokens.device)
+
+
+def _positions_of(segment: Segment, patch: int) -> Tensor:
+    if segment.positions is not None:
+        return segment.positions.to(torch.float64).cpu()
+    if segment.tokens.ndim == 4:
+        return grid_positions(segment.tokens.shape[-2] // patch, segment.tokens.shape[-1] // patch)
+    return torch.zeros(segment.tokens.shape[1], 2, dtype=torch.float64)
+
+
+def modulation(
+    emb: Tensor,
+    vector: Tensor | None,
+    segments: Sequence[Segment],
+    embed_time: Callable[[Tensor], Tensor],
+    stream: str = "image",
+) -> Tensor:
+    """The conditioning of a stream, groups as in `Layout.groups`: [B, 1, D], [B, G, D], or per token [B, n, D].
+
+    emb: the time embedding [B, D], or [B, N, D] for per-token times. vector [B, D] is added to every group.
+    """
+    groups = [emb[:, None] if emb.ndim == 2 else emb]
+    last = "t"
+    for segment in (s for s in segments if s.weights == stream):
+        if segment.modulation == "own" or segment.modulation != last:
+            groups.append(_group(segment, emb, embed_time))
+        elif emb.ndim == 3:
+            groups.append(groups[-1])
+        last = segment.modulation
+    if emb.ndim == 3:
+        lengths = [emb.shape[1], *(_length(s) for s in segments if s.weights == stream)]
+        groups = [g if g.shape[1] == n else g.expand(-1, n, -1) for g, n in zip(groups, lengths, strict=True)]
+    c = groups[0] if len(groups) == 1 else torch.cat(groups, dim=1)
+    return c if vector is None else c + vector[:, None]
+
+
+def _group(segment: Segment, emb: Tensor, embed_time: Callable[[Tensor], Tensor]) -> Tensor:
+    batch = emb.shape[0]
+    if segment.modulation == "t":
+        return emb[:, None] if emb.ndim == 2 else emb.mean(1, keepdim=True)
+    time = segment.time if segment.modulation == "own" else None
+    level = torch.zeros(batch, dtype=torch.float64, device=emb.device) if time is None else time
+    return embed_time(level).expand(batch, -1)[:, None]
+
+
+def _length(segment: Segment) -> int:
+    if segment.tokens.ndim != 3:
+        raise ValueError("per-token times with added segments need segments given as embedded tokens [B, n, D]")
+    return segment.tokens.shape[1]
+
+
+def main_modulation(streams: Streams, context: Context, stream: str = "image") -> Tensor:
+    """The conditioning of the segment "image" alone, for the head: [B, 1, D] or per token."""
+    c = context.modulation[stream]
+    at = streams.layout.slice("image")
+    return c[:, at] if c.shape[1] == streams.layout.length(stream) else c[:, :1]

@@ -1,0 +1,257 @@
+"""Attention rules: who may attend to whom, built by composing masks, compiled to the cheapest exact plan.
+
+A rule is a weighted sum of attentions (terms), each with its own softmax; a plain mask is one term. A term's masks
+are AND-ed. Masks speak of segments; what cannot be said by whole segments is a boolean matrix. Everything here is
+static except the gates, tensors named by the masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ditloom.contracts.errors import UserError
+from ditloom.contracts.layout import Layout
+
+Gates = Mapping[str, Tensor]
+
+
+class Allow(IntEnum):
+    """What a mask says of a pair (query segment, key segment)."""
+
+    NONE = 0
+    SOME = 1
+    ALL = 2
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The base mask: everything is allowed. Subclasses restrict."""
+
+    def pair(self, query: str, key: str) -> Allow:
+        """Whether all, none or some of a segment pair is allowed."""
+        return Allow.ALL
+
+    def block(self, query: str, key: str, layout: Layout, gates: Gates) -> Tensor:
+        """For a pair with SOME: a boolean that broadcasts to [B, n_query, n_key]."""
+        raise NotImplementedError
+
+    def __and__(self, other: Mask) -> Rule:
+        return Rule((Term((self, other)),))
+
+
+@dataclass(frozen=True)
+class Padding(Mask):
+    """Only the real tokens of `segment` are keys; gate `gate` [B, n] is True there."""
+
+    segment: str = "text"
+    gate: str = "text_mask"
+
+    def pair(self, query: str, key: str) -> Allow:
+        return Allow.SOME if key == self.segment else Allow.ALL
+
+    def block(self, query: str, key: str, layout: Layout, gates: Gates) -> Tensor:
+        return gates[self.gate][:, None, :]
+
+
+@dataclass(frozen=True)
+class Isolate(Mask):
+    """Rows of each named segment see only their own segment; everyone else sees all."""
+
+    segments: tuple[str, ...]
+
+    def pair(self, query: str, key: str) -> Allow:
+        return Allow.ALL if query not in self.segments or query == key else Allow.NONE
+
+
+@dataclass(frozen=True)
+class Only(Mask):
+    """Queries of `queries` see only `keys`; other queries are not restricted (siamese branches are two such terms)."""
+
+    queries: tuple[str, ...]
+    keys: tuple[str, ...]
+
+    def pair(self, query: str, key: str) -> Allow:
+        return Allow.ALL if query not in self.queries or key in self.keys else Allow.NONE
+
+
+@dataclass(frozen=True)
+class Scenes(Mask):
+    """Text i and video i see each other; texts see only their own scene; all video segments see each other."""
+
+    texts: tuple[str, ...]
+    videos: tuple[str, ...]
+
+    def pair(self, query: str, key: str) -> Allow:
+        scene = {name: i for names in (self.texts, self.videos) for i, name in enumerate(names)}
+        if query in self.videos and key in self.videos:
+            return Allow.ALL
+        return Allow.ALL if scene.get(query) == scene.get(key) else Allow.NONE
+
+
+@dataclass(frozen=True)
+class Regions(Mask):
+    """Regional prompts: text i and the image tokens of region i see each other, image tokens see those they share a
+    region with, uncovered ones see each other; texts do not see other texts. Gate `gate` [B, R, n_image] holds the
+    region masks."""
+
+    texts: tuple[str, ...]
+    image: str = "image"
+    gate: str = "regions"
+
+    def pair(self, query: str, key: str) -> Allow:
+        known = (*self.texts, self.image)
+        if query not in known or key not in known:
+            return Allow.ALL
+        if query in self.texts and key in self.texts:
+            return Allow.ALL if query == key else Allow.NONE
+        return Allow.SOME
+
+    def block(self, query: str, key: str, layout: Layout, gates: Gates) -> Tensor:
+        regions = gates[self.gate].bool()
+        if key in self.texts:
+            return regions[:, self.texts.index(key), :, None].expand(-1, -1, layout.span(key).length)
+        if query in self.texts:
+            return regions[:, self.texts.index(query), None, :].expand(-1, layout.span(query).length, -1)
+        shared = torch.einsum("brq,brk->bqk", regions.float(), regions.float()) > 0
+        covered = regions.any(dim=1)
+        return shared | ~(covered[:, :, None] | covered[:, None, :])
+
+
+@dataclass(frozen=True)
+class Causal(Mask):
+    """Chunk c of `segment` (equal chunks of `chunk` tokens) sees chunks c - window + 1 .. c; window 0: all before."""
+
+    segment: str
+    chunk: int
+    window: int = 0
+
+    def pair(self, query: str, key: str) -> Allow:
+        return Allow.SOME if query == key == self.segment else Allow.ALL
+
+    def block(self, query: str, key: str, layout: Layout, gates: Gates) -> Tensor:
+        chunk = torch.arange(layout.span(self.segment).length) // self.chunk
+        behind = chunk[:, None] - chunk[None, :]
+        allowed = behind >= 0
+        return (allowed & (behind < self.window) if self.window else allowed)[None]
+
+
+@dataclass(frozen=True)
+class LocalWindow(Mask):
+    """Image tokens see image tokens within `radius` on the grid: a disc, or a square."""
+
+    radius: float
+    shape: Literal["disc", "square"] = "disc"
+    segment: str = "image"
+
+    def pair(self, query: str, key: str) -> Allow:
+        return Allow.SOME if query == key == self.segment else Allow.ALL
+
+    def block(self, query: str, key: str, layout: Layout, gates: Gates) -> Tensor:
+        height, width = layout.grid[-2:]
+        row = torch.arange(height).repeat_interleave(width)
+        column = torch.arange(width).repeat(height)
+        dy, dx = row[:, None] - row[None], column[:, None] - column[None]
+        if self.shape == "square":
+            return ((dy.abs() <= self.radius) & (dx.abs() <= self.radius))[None]
+        return (dy**2 + dx**2 <= self.radius**2)[None]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One attention: its masks (AND), and its weight: a number, or a gate [B, n_query] by name."""
+
+    masks: tuple[Mask, ...] = ()
+    weight: float | str = 1.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A weighted sum of attentions; one term of weight 1 is an ordinary mask."""
+
+    terms: tuple[Term, ...]
+
+    def __and__(self, other: Rule | Mask) -> Rule:
+        """AND further masks into every term."""
+        masks = (other,) if isinstance(other, Mask) else _single(other).masks
+        return Rule(tuple(Term((*term.masks, *masks), term.weight) for term in self.terms))
+
+
+def rule(*masks: Mask) -> Rule:
+    """The rule of some masks AND-ed."""
+    return Rule((Term(masks),))
+
+
+def both(first: Rule | None, second: Rule | None) -> Rule | None:
+    """The conjunction of two rules, either of which may be absent."""
+    if first is None or second is None:
+        return first or second
+    return second & first if len(second.terms) > 1 else first & second
+
+
+def _single(rule: Rule) -> Term:
+    if len(rule.terms) != 1:
+        raise UserError("two attention rules that are both weighted sums cannot be combined")
+    return rule.terms[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a term is evaluated: none (no mask), split (whole segments), or dense (a boolean matrix)."""
+
+    kind: Literal["none", "split", "dense"]
+    groups: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
+
+
+def compile_term(term: Term, layout: Layout) -> Plan:
+    """The cheapest exact plan of a term for a layout; a query segment that may see nothing is refused."""
+    names = [span.name for stream in layout.streams for span in layout.of(stream)]
+    allowed = {(q, k): min((m.pair(q, k) for m in term.masks), default=Allow.ALL) for q in names for k in names}
+    for q in names:
+        if all(allowed[q, k] is Allow.NONE for k in names):
+            raise UserError(f"the attention rule leaves segment {q!r} nothing to attend to")
+    if all(a is Allow.ALL for a in allowed.values()):
+        return Plan("none")
+    if any(a is Allow.SOME for a in allowed.values()):
+        return Plan("dense")
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for q in names:
+        groups.setdefault(tuple(k for k in names if allowed[q, k] is Allow.ALL), []).append(q)
+    return Plan("split", tuple((tuple(queries), keys) for keys, queries in groups.items()))
+
+
+def dense(term: Term, layout: Layout, gates: Gates, device: torch.device | None = None) -> Tensor:
+    """The boolean matrix [B or 1, N, N] of a term over the joint sequence."""
+    names = [span.name for stream in layout.streams for span in layout.of(stream)]
+    rows = [torch.cat([_block(term, q, k, layout, gates, device) for k in names], dim=2) for q in names]
+    return torch.cat(_same_batch(rows), dim=1)
+
+
+def _block(term: Term, query: str, key: str, layout: Layout, gates: Gates, device: torch.device | None) -> Tensor:
+    shape = (1, layout.span(query).length, layout.span(key).length)
+    allow = torch.ones(shape, dtype=torch.bool, device=device)
+    for mask in term.masks:
+        says = mask.pair(query, key)
+        if says is Allow.NONE:
+            allow = torch.zeros_like(allow)
+        elif says is Allow.SOME:
+            allow = allow & mask.block(query, key, layout, gates).to(allow.device)
+    batch = max((g.shape[0] for g in gates.values()), default=1)
+    return allow.expand(batch, -1, -1)
+
+
+def _same_batch(rows: list[Tensor]) -> list[Tensor]:
+    batch = max(r.shape[0] for r in rows)
+    return [r.expand(batch, -1, -1) for r in rows]
+
+
+def check_rows(mask: Tensor) -> None:
+    """Refuse a boolean mask [..., N, N] with an empty query row, whose softmax would be NaN."""
+    empty = ~mask.any(dim=-1)
+    if bool(empty.any()):
+        raise UserError(f"the attention rule leaves {int(empty.sum())} query tokens nothing to attend to")

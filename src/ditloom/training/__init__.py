@@ -1,0 +1,1 @@
+"""The trainer: objectives, checkpoints, averages of the weights, precision and parallelism."""
