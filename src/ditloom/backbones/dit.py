@@ -17,12 +17,14 @@ from ditloom.contracts.registry import register
 from ditloom.contracts.streams import Context, Memory, Streams
 from ditloom.contracts.time import DISCRETE_1000, TimeInput
 from ditloom.parts import attention, cost
+from ditloom.parts.checks import check_rows
 from ditloom.parts.embedders import LabelEmbedding, TimeEmbedding
-from ditloom.parts.feed_forward import MLP
+from ditloom.parts.feed_forward import MLP, SwiGLU
+from ditloom.parts.heads import Head
 from ditloom.parts.modulation import AdaLN
 from ditloom.parts.norms import LayerNorm, modulate
 from ditloom.parts.patches import PatchEmbed, unpatchify, xavier_as_linear_, xavier_linears_, zero_
-from ditloom.parts.segments import join, main_modulation, modulation
+from ditloom.parts.segments import Joined, check_streams, join, main_modulation, modulation
 from ditloom.sites.visit import take_rows, visit
 
 
@@ -31,9 +33,12 @@ class DiTConfig(BackboneConfig):
     """Settings of a DiT. `classes=0`: unconditional. `image_size` is the native latent size; any other works too.
 
     `null_class` adds the row that label dropout uses. `learn_sigma` doubles the outputs: prediction, then variance.
+    `frequency_shift` and `norm2_eps` are what diffusers' port does otherwise: 1, and 1e-5.
     """
 
     family: ClassVar[str] = "dit"
+    process: ClassVar[Mapping[str, Any]] = {"name": "discrete-vp", "schedule": "linear", "predicts": "eps+var"}
+    sign: ClassVar[int] = 1
 
     depth: int
     width: int
@@ -45,6 +50,8 @@ class DiTConfig(BackboneConfig):
     null_class: bool = True
     learn_sigma: bool = True
     mlp_ratio: float = 4.0
+    frequency_shift: int = 0
+    norm2_eps: float = 1e-6
     time: TimeInput = DISCRETE_1000
 
     @property
@@ -63,12 +70,21 @@ class DiTBlock(Block):
     stages = ("modulated_in", *attention.STAGES, "ff_hidden")
     row_sites = ("mlp",)
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        qk_norm: str | None = None,
+        norms: tuple[nn.Module, nn.Module] | None = None,
+        mlp: MLP | SwiGLU | None = None,
+        modulation: AdaLN | None = None,
+    ):
         super().__init__()
-        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
-        self.attn = attention.Projections(width, heads)
-        self.mlp = MLP(width, int(width * mlp_ratio))
-        self.modulation = AdaLN(width, 6)
+        self.norm1, self.norm2 = norms or (LayerNorm(width), LayerNorm(width))
+        self.attn = attention.Projections(width, heads, qk_norm=qk_norm)
+        self.mlp = mlp or MLP(width, int(width * mlp_ratio))
+        self.modulation = modulation or AdaLN(width, 6)
 
     def forward(
         self, streams: Streams, context: Context, plan: BlockPlan | None = None, given: Mapping[str, Any] = NOTHING
@@ -104,21 +120,16 @@ class DiTBlock(Block):
         }
 
 
-class Head(nn.Module):
-    """linear(mod(norm x)) with shift and scale from c, tokens to patches [B, N, p * p * C_out]."""
+def _sizes(table: Mapping[str, tuple[int, int, int]], patches: Sequence[int]) -> dict[str, DiTConfig]:
+    return {
+        f"DiT-{size}/{p}": DiTConfig(depth=depth, width=width, heads=heads, patch=p)
+        for size, (depth, width, heads) in table.items()
+        for p in patches
+    }
 
-    def __init__(self, width: int, patch: int, out_channels: int, norm: nn.Module | None = None):
-        super().__init__()
-        self.norm = norm or LayerNorm(width)
-        self.modulation = AdaLN(width, 2)
-        self.linear = nn.Linear(width, patch * patch * out_channels)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.modulation(c)
-        return self.linear(modulate(self.norm(x), shift, scale))
-
-    def macs(self, tokens: int) -> int:
-        return cost.linear(self.linear, tokens) + self.modulation.macs(1)
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+PRESETS = _sizes(SIZES, (2, 4, 8))
 
 
 @register("dit", paper="Scalable Diffusion Models with Transformers, arXiv 2212.09748")
@@ -128,25 +139,31 @@ class DiT(Backbone):
     x [B, C, H, W] with H, W multiples of the patch; prediction [B, C or 2C, H, W].
     """
 
+    config_class: ClassVar[type[BackboneConfig]] = DiTConfig
+    presets: ClassVar[Mapping[str, BackboneConfig]] = PRESETS
     missing: ClassVar[Mapping[str, str]] = {
         "cross": "DiT is conditioned through adaLN and has no cross-attention",
         "skip": "DiT has no long skips",
         "temporal": "DiT has no temporal attention",
     }
 
+    preset: DiTConfig
+
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.preset = config
         width = config.width
         self.x_embedder = PatchEmbed(config.patch, config.channels, width)
-        self.t_embedder = TimeEmbedding(width)
+        self.t_embedder = TimeEmbedding(width, shift=config.frequency_shift)
         self.y_embedder = LabelEmbedding(config.classes, width, config.null_class) if config.classes else None
         self.blocks = nn.ModuleList(self.make_block() for _ in range(config.depth))
         self.final_layer = self.make_head()
         self.initialise()
 
     def make_block(self) -> Block:
-        return DiTBlock(self.preset.width, self.preset.heads, self.preset.mlp_ratio)
+        c = self.preset
+        norms = (LayerNorm(c.width), LayerNorm(c.width, eps=c.norm2_eps))
+        return DiTBlock(c.width, c.heads, c.mlp_ratio, norms=norms)
 
     def make_head(self) -> Head:
         return Head(self.preset.width, self.preset.patch, self.preset.out_channels)
@@ -171,14 +188,16 @@ class DiT(Backbone):
         self, x: Tensor, time: Tensor, memory: Memory, segments: Sequence[Segment] = ()
     ) -> tuple[Streams, Context]:
         check_size(x, self.preset.channels, self.preset.patch, type(self).__name__)
+        check_rows(x, memory.vector, "labels")
+        check_streams(segments, ("image",), type(self).__name__)
         joined = join(x.to(self.dtype), self.x_embedder, segments, absolute=True)
         emb = self.t_embedder(time)
         c = modulation(emb, memory.vector, segments, lambda t: self.t_embedder(self.preset.time.native(t)))
-        rotary = self.rotary(joined.positions)
+        rotary = self.rotary(joined)
         context = Context(modulation={"image": c}, rotary={"image": rotary} if rotary else {}, time=emb)
         return Streams({"image": joined.tokens}, joined.layout), context
 
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    def rotary(self, joined: Joined) -> tuple[Tensor, Tensor] | None:
         """The rotary table of all tokens; DiT has none."""
         return None
 
@@ -198,14 +217,3 @@ class DiT(Backbone):
         embed = self.x_embedder.macs(image) + cost.linears(self.t_embedder, 1)
         return {"embed": embed, "head": self.final_layer.macs(image)}
 
-
-def _sizes(table: Mapping[str, tuple[int, int, int]], patches: Sequence[int]) -> dict[str, DiTConfig]:
-    return {
-        f"DiT-{size}/{p}": DiTConfig(depth=depth, width=width, heads=heads, patch=p)
-        for size, (depth, width, heads) in table.items()
-        for p in patches
-    }
-
-
-SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-PRESETS = _sizes(SIZES, (2, 4, 8))

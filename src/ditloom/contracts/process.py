@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, TypeAlias, Union
+from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
@@ -46,9 +46,7 @@ register_pytree_node(
     serialized_type_name="ditloom.contracts.process.Components",
 )
 
-Signal: TypeAlias = Union[Tensor, Components]
-Time: TypeAlias = Union[float, Tensor, Mapping[str, Any], None]
-Shape: TypeAlias = Union[Sequence[int], Mapping[str, Sequence[int]]]
+Signal: TypeAlias = Tensor | Components
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,7 @@ class Process(ABC):
         """Noise levels (lowest, highest) at which network and target are well defined."""
         return 0.0, 1.0
 
-    def draw(
-        self, shape: Any, seed: int, name: str, indices: Sequence[int], step: int = 0, evaluation: int = 0
-    ) -> Any:
+    def draw(self, shape: Any, seed: int, name: str, indices: Sequence[int], step: int = 0, evaluation: int = 0) -> Any:
         """The random numbers this process consumes for `shape` per image: standard normal unless it says otherwise."""
         return rng.normal(shape, seed, name, indices, step, evaluation)
 

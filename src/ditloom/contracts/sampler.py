@@ -17,9 +17,7 @@ from ditloom.contracts.process import Estimate, Process
 class Evaluate(Protocol):
     """One guided model evaluation at (x, t); `told` is the level the network hears where it is not that of x."""
 
-    def __call__(
-        self, x: Any, t: float, *, step: int, evaluation: int = 0, told: float | None = None
-    ) -> Estimate: ...
+    def __call__(self, x: Any, t: float, *, step: int, evaluation: int = 0, told: float | None = None) -> Estimate: ...
 
 
 class Noise(Protocol):

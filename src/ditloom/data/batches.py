@@ -163,9 +163,7 @@ class Batches:
         stacked = np.stack(pictures) if pictures else np.empty((0, *shape), dtype=np.uint8)
         return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
 
-    def _captions(
-        self, places: list[int], examples: list[Example], indices: NDArray[np.int64]
-    ) -> list[str | None]:
+    def _captions(self, places: list[int], examples: list[Example], indices: NDArray[np.int64]) -> list[str | None]:
         if not self.wordings:
             return [example.caption for example in examples]
         draws = uniform((1,), self.seed, "wording", indices.tolist())[:, 0].tolist()

@@ -13,7 +13,8 @@ from ditloom.contracts.data import Example, SourceInfo
 from ditloom.contracts.errors import UnknownName, UserError
 from ditloom.contracts.registry import register
 from ditloom.data.archive import Files, open_files
-from ditloom.data.folder import Folder
+from ditloom.data.images import centre_crop, decode, on_white, to_array
+from ditloom.data.listing import class_names, rows_of
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SPLITS = ("train", "test")
@@ -37,8 +38,8 @@ class Cifar10:
         if self.split not in SPLITS:
             raise UnknownName("split", self.split, SPLITS)
         files = open_files(self.path)
-        binary = any(name.endswith("_batch.bin") for name in files.sizes)
-        self.examples: _Examples = _Records(files, self.split) if binary else _photos(files, self.split)
+        binary = any(name.endswith(".bin") for name in files.sizes)
+        self.examples: _Examples = _Records(files, self.split) if binary else _Photos(files, self.split)
         self.info = SourceInfo("cifar10", 3, (32, 32), CLASSES, False, "free with citation (Krizhevsky 2009)")
 
     def __len__(self) -> int:
@@ -57,8 +58,24 @@ class _Examples(Protocol):
     def fingerprint(self) -> str: ...
 
 
-def _photos(files: Files, split: str) -> Folder:
-    return Folder(files.path, split=split, size=32, labels="classes", classes=CLASSES)
+class _Photos:
+    """Image files in class folders."""
+
+    def __init__(self, files: Files, split: str):
+        self.files, self.split = files, split
+        self.rows = rows_of(files, "classes", split)
+        class_names(self.rows, CLASSES)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self.rows[index]
+        picture = centre_crop(on_white(decode(self.files.read(row.file), row.file)), 32)
+        return Example(to_array(picture), CLASSES.index(row.label or ""), None, row.label, row.file)
+
+    def fingerprint(self) -> str:
+        return hashlib.blake2b(f"{self.files.fingerprint()} {self.split}".encode(), digest_size=16).hexdigest()
 
 
 class _Records:

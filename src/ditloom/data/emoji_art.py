@@ -26,9 +26,7 @@ from ditloom.data.images import on_white, shrink
 HELD_OUT_SHARE = 0.1
 PACK_VERSION = 1
 LEFT_OUT = ("flags", "components")  # flags are in another style and of unchecked origin; components are swatches
-EMOJIBASE = Tarball(
-    "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"
-)
+EMOJIBASE = Tarball("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def codepoint_key(hexcode: str) -> str:
 
 
 def split_of(key: str) -> str:
-    """"held-out" for a tenth of the code points, by a hash that never changes; the same in every style."""
+    """The split of a code point by a hash that never changes: a tenth is held out, the same in every style."""
     digest = hashlib.blake2b(f"emoji held-out {key}".encode(), digest_size=8).digest()
     return "held-out" if int.from_bytes(digest) < HELD_OUT_SHARE * 2**64 else "train"
 

@@ -72,7 +72,7 @@ class HuggingFace:
         try:
             import datasets
         except ImportError as error:
-            raise MissingExtra("datasets", "datasets", "the data source 'hf'") from error
+            raise MissingExtra("datasets", "data", "the data source 'hf'") from error
         on_disk = Path(self.dataset).is_dir() and any(Path(self.dataset).glob("*.json"))
         try:
             found = (

@@ -67,7 +67,7 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
 
 
 def shrink(picture: Image.Image, size: int) -> Image.Image:
-    """A square drawing to `size` by Lanczos, which keeps outlines sharper than box; equal sizes stay untouched."""
+    """A drawing to a square of `size` by Lanczos, which keeps outlines sharper than box; equal sizes stay untouched."""
     if picture.size == (size, size):
         return picture
     return picture.resize((size, size), Resampling.LANCZOS)

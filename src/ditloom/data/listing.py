@@ -170,8 +170,7 @@ def _inner(root: Root) -> Root:
 
 
 def _table_row(root: Root, where: str, record: Mapping[str, Any]) -> Row:
-    values = {key: next((record[n] for n in names if record.get(n) not in (None, "")), None)
-              for key, names in COLUMNS.items()}
+    values = {key: _first_value(record, names) for key, names in COLUMNS.items()}
     file = values.pop("file")
     if file is None:
         raise UserError(f"{where} names no file; expected a column {_listed(COLUMNS['file'])}.")
@@ -182,6 +181,10 @@ def _table_row(root: Root, where: str, record: Mapping[str, Any]) -> Row:
     tags = tuple(tags.split(",")) if isinstance(tags, str) else tuple(map(str, tags))
     known = {key: None if value is None else str(value) for key, value in values.items()}
     return Row(listed.removeprefix(root.prefix), tags=tags, **known)
+
+
+def _first_value(record: Mapping[str, Any], names: Iterable[str]) -> Any:
+    return next((record[name] for name in names if record.get(name) not in (None, "")), None)
 
 
 def _json_records(text: str, name: str) -> list[tuple[int, Mapping[str, Any]]]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 ROUNDS = 8
 Integers = NDArray[np.uint64]
+_NO_KEYS: Integers = np.empty((0, ROUNDS), dtype=np.uint64)
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,9 @@ class ImageOrder:
         epochs, positions = np.divmod(images, self.length)
         if not self.shuffle:
             return positions
-        found = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            rows = epochs == epoch
-            found[rows] = permuted(positions[rows], self.length, round_keys(self.seed, int(epoch)))
-        return found
+        shown, which = np.unique(epochs, return_inverse=True)
+        keys = np.stack([round_keys(self.seed, int(epoch)) for epoch in shown]) if len(shown) else _NO_KEYS
+        return permuted(positions, self.length, keys[which])
 
 
 def round_keys(seed: int, epoch: int) -> Integers:
@@ -48,11 +47,11 @@ def round_keys(seed: int, epoch: int) -> Integers:
 
 
 def permuted(positions: NDArray[np.int64], length: int, keys: Integers) -> NDArray[np.int64]:
-    """The place of each position in a permutation of range(length)."""
+    """The place of each position [n] in the permutation of range(length) that its round keys [n, ROUNDS] pick."""
     half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
     values = _feistel(positions.astype(np.uint64), half, keys)
     while (outside := values >= length).any():
-        values[outside] = _feistel(values[outside], half, keys)
+        values[outside] = _feistel(values[outside], half, keys[outside])
     return values.astype(np.int64)
 
 
@@ -60,7 +59,7 @@ def _feistel(values: Integers, half: np.uint64, keys: Integers) -> Integers:
     """A bijection of range(2 ** (2 * half))."""
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = values >> half, values & mask
-    for key in keys:
+    for key in keys.T:
         left, right = right, left ^ (_mixed(right ^ key) & mask)
     return (left << half) | right
 

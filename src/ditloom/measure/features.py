@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import inspect
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ditloom.contracts.errors import UserError
+from ditloom.contracts.errors import UnknownName, UserError
+from ditloom.contracts.settings import parse
+from ditloom.measure import EXTRACTORS
+from ditloom.training.durable import explained, replace_file, tensor_chunks
 
 CHUNK = 32
 """Pictures per forward. Fixed, because a convolution's last bits depend on the batch size."""
@@ -28,7 +31,7 @@ class Extractor(nn.Module, ABC):
     never compared.
     """
 
-    tag: ClassVar[str]
+    tag: str
     dimension: int
 
     @abstractmethod
@@ -44,6 +47,18 @@ class Classifier(Extractor):
     @abstractmethod
     def logits(self, features: Tensor) -> Tensor:
         """[B, dimension] to [B, len(classes)]."""
+
+
+def built(spec: str | Extractor) -> Extractor:
+    """An extractor by its registered name, with settings where it has any: "pixels:size=16"."""
+    if isinstance(spec, Extractor):
+        return spec
+    name, settings = parse(spec)
+    target = EXTRACTORS.get(name)
+    known = inspect.signature(target).parameters
+    for key in settings.keys() - known:
+        raise UnknownName(f"extractor {name} setting", key, known)
+    return target(**settings)
 
 
 def as_rgb(images: Tensor) -> Tensor:
@@ -66,14 +81,13 @@ def extract_cached(extractor: Extractor, images: NDArray[np.uint8], folder: Path
     if folder is None:
         return extract(extractor, images)
     digest = hashlib.blake2b(f"{extractor.tag} {images.shape}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(images))
+    digest.update(images.tobytes())
     path = folder / f"features-{digest.hexdigest()}.safetensors"
     try:
         return load_file(path)["features"]
     except (OSError, SafetensorError):
         features = extract(extractor, images)
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}")
-        save_file({"features": features.contiguous()}, beside)
-        beside.replace(path)
+        with explained("write to", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(path, tensor_chunks({"features": features}))
         return features

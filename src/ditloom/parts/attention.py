@@ -14,7 +14,7 @@ from ditloom.contracts.layout import Layout
 from ditloom.parts import cost
 from ditloom.parts.norms import NORMS
 from ditloom.parts.positions import rotate
-from ditloom.sites.rules import Gates, Rule, Term, compile_term, dense
+from ditloom.sites.rules import Gates, Plan, Rule, Settled, settle
 from ditloom.sites.visit import BARE, BareVisit, Visit
 
 STAGES = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "q_rope", "k_rope", "logits", "attn_heads", "attn_out")
@@ -65,7 +65,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     layout: Layout,
-    rule: Rule | None = None,
+    rule: Settled | Rule | None = None,
     gates: Gates | None = None,
     at: Visit | BareVisit = BARE,
 ) -> Tensor:
@@ -78,32 +78,30 @@ def attend(
     extra = at.extra_keys
     if rule is None:
         return kernel(q, *_append(k, v, extra)).flatten(2)
-    total: Tensor | None = None
-    for term in rule.terms:
-        out = _term(q, k, v, layout, term, gates or {}, extra)
-        if isinstance(term.weight, str):
-            out = (gates or {})[term.weight][..., None].to(out.dtype) * out
-        elif term.weight != 1.0:
-            out = term.weight * out
-        total = out if total is None else total + out
-    assert total is not None
-    return total
+    gates = gates or {}
+    if isinstance(rule, Rule):
+        rule, gates = settle(rule, layout, gates, q.device)
+    outs = [_weighted(_planned(q, k, v, n, plan, gates, extra), plan, gates) for n, plan in enumerate(rule.plans)]
+    return sum(outs[1:], outs[0])
 
 
-def _term(q: Tensor, k: Tensor, v: Tensor, layout: Layout, term: Term, gates: Gates, extra: Any) -> Tensor:
-    plan = compile_term(term, layout)
+def _weighted(out: Tensor, plan: Plan, gates: Gates) -> Tensor:
+    if isinstance(plan.weight, str):
+        return gates[plan.weight][..., None].to(out.dtype) * out
+    return out if plan.weight == 1.0 else plan.weight * out
+
+
+def _planned(q: Tensor, k: Tensor, v: Tensor, n: int, plan: Plan, gates: Gates, extra: Any) -> Tensor:
     if plan.kind == "none":
         return kernel(q, *_append(k, v, extra)).flatten(2)
     if plan.kind == "dense":
-        mask = dense(term, layout, gates, q.device)
         keys, values = _append(k, v, extra)
-        mask = F.pad(mask, (0, keys.shape[1] - k.shape[1]), value=True)
+        mask = F.pad(gates[f"mask.{n}"], (0, keys.shape[1] - k.shape[1]), value=True)
         return kernel(q, keys, values, mask[:, None]).flatten(2)
     out = torch.empty_like(q)
-    for queries, keys in plan.groups:
-        at_q, at_k = _positions(layout, queries, q.device), _positions(layout, keys, q.device)
-        part = kernel(q[:, at_q], *_append(k[:, at_k], v[:, at_k], extra))
-        out = out.index_copy(1, at_q, part)
+    for g in range(plan.groups):
+        at_q, at_k = gates[f"queries.{n}.{g}"], gates[f"keys.{n}.{g}"]
+        out = out.index_copy(1, at_q, kernel(q[:, at_q], *_append(k[:, at_k], v[:, at_k], extra)))
     return out.flatten(2)
 
 
@@ -111,11 +109,6 @@ def _append(k: Tensor, v: Tensor, extra: tuple[Tensor, Tensor] | None) -> tuple[
     if extra is None:
         return k, v
     return torch.cat([k, extra[0].to(k.dtype)], dim=1), torch.cat([v, extra[1].to(v.dtype)], dim=1)
-
-
-def _positions(layout: Layout, names: tuple[str, ...], device: torch.device) -> Tensor:
-    slices = [layout.joint_slice(name) for name in names]
-    return torch.cat([torch.arange(s.start, s.stop, device=device) for s in slices])
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -10,24 +10,28 @@ from torch import Tensor, nn
 from ditloom.contracts.errors import UserError
 
 
-def sinusoid(time: Tensor, width: int = 256, max_period: float = 10000.0) -> Tensor:
-    """[...] times to [..., width], float32: cosines first, then sines; frequencies max_period^(-k / (width/2))."""
+def sinusoid(time: Tensor, width: int = 256, max_period: float = 10000.0, shift: int = 0) -> Tensor:
+    """[...] times to [..., width], float32: cosines first, then sines; frequencies max_period^(-k / (width/2 - shift)).
+
+    `shift` is 0 in every official code base; diffusers' DiT has 1.
+    """
     half = width // 2
     steps = torch.arange(half, dtype=torch.float32, device=time.device)
-    angles = time.to(torch.float32)[..., None] * torch.exp(-math.log(max_period) * steps / half)
+    angles = time.to(torch.float32)[..., None] * torch.exp(-math.log(max_period) * steps / (half - shift))
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class TimeEmbedding(nn.Module):
     """Sinusoid of the native time, then a two-layer SiLU MLP: [...] -> [..., D]. The sinusoid is in float32."""
 
-    def __init__(self, width: int, frequencies: int = 256, max_period: float = 10000.0):
+    def __init__(self, width: int, frequencies: int = 256, max_period: float = 10000.0, shift: int = 0):
         super().__init__()
-        self.frequencies, self.max_period = frequencies, max_period
+        self.frequencies, self.max_period, self.shift = frequencies, max_period, shift
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, time: Tensor) -> Tensor:
-        return self.mlp(sinusoid(time, self.frequencies, self.max_period).to(self.mlp[0].weight.dtype))
+        wave = sinusoid(time, self.frequencies, self.max_period, self.shift)
+        return self.mlp(wave.to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedding(nn.Module):
@@ -46,6 +50,8 @@ class LabelEmbedding(nn.Module):
         rows = self.embedding_table.num_embeddings
         if label is None:
             raise UserError(f"this model is conditional on {self.classes} classes: give Condition(label=...)")
+        if label.dtype not in (torch.int64, torch.int32):
+            raise UserError(f"class labels are whole numbers; got a tensor of {str(label.dtype).removeprefix('torch.')}")
         if not torch.compiler.is_compiling() and label.device.type == "cpu" and label.numel():
             low, high = int(label.min()), int(label.max())
             if low < 0 or high >= rows:

@@ -15,7 +15,8 @@ def sincos_1d(positions: Tensor, width: int) -> Tensor:
 
     omega_k = 10000^(-k / (width/2)), k < width/2.
     """
-    omega = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
+    steps = torch.arange(width // 2, dtype=torch.float64, device=positions.device)
+    omega = 10000.0 ** (-steps / (width / 2))
     angles = torch.outer(positions.to(torch.float64), omega)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -33,18 +34,10 @@ def sincos_grid(height: int, width: int, channels: int, dtype: torch.dtype, devi
     return sincos_at(grid_positions(height, width), channels).to(device=device, dtype=dtype)
 
 
-def centre_crop(table: Tensor, full: int, height: int, width: int) -> Tensor:
-    """The centred height x width part of a square table [full * full, D] (SD3)."""
-    if height > full or width > full:
-        raise UserError(f"the position table covers {full}x{full} tokens; got {height}x{width}")
-    top, left = (full - height) // 2, (full - width) // 2
-    return table.view(full, full, -1)[top : top + height, left : left + width].reshape(height * width, -1)
-
-
 @lru_cache(maxsize=64)
 def grid_positions(height: int, width: int) -> Tensor:
-    """(row, column) of every token in row-major order: [height * width, 2], float64."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    """(row, column) of every token in row-major order: [height * width, 2], float64, on the CPU."""
+    rows, columns = torch.meshgrid(*(torch.arange(n, device="cpu") for n in (height, width)), indexing="ij")
     return torch.stack([rows.reshape(-1), columns.reshape(-1)], dim=1).to(torch.float64)
 
 
@@ -63,10 +56,21 @@ def rotary(positions: Tensor, axes: tuple[int, ...], theta: float = 10000.0) -> 
     return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
 
 
+@lru_cache(maxsize=64)
+def rotary_grid(
+    height: int, width: int, axes: tuple[int, ...], theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The rotary table of a whole grid in row-major order, (row, column) as coordinates."""
+    cos, sin = rotary(grid_positions(height, width), axes, theta)
+    return cos.to(device), sin.to(device)
+
+
 def axial_axes(head_dim: int, axes: int = 2) -> tuple[int, ...]:
     """Split a head evenly over the axes; every axis needs an even number of features."""
     if head_dim % (2 * axes):
-        raise UserError(f"head dimension {head_dim} cannot be split over {axes} rotary axes: it must be a multiple of {2 * axes}")
+        raise UserError(
+            f"head dimension {head_dim} cannot be split over {axes} rotary axes: it must be a multiple of {2 * axes}"
+        )
     return (head_dim // axes,) * axes
 
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Layout, Segment, Span
 from ditloom.contracts.streams import Context, Streams
 from ditloom.parts.patches import PatchEmbed
 from ditloom.parts.positions import grid_positions, sincos_at, sincos_grid
+
+AddPositions = Callable[[Tensor, tuple[int, int], Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,15 +27,23 @@ class Joined:
 
 
 def join(
-    x: Tensor, embedder: PatchEmbed, segments: Sequence[Segment] = (), absolute: bool = True, stream: str = "image"
+    x: Tensor,
+    embedder: PatchEmbed,
+    segments: Sequence[Segment] = (),
+    absolute: bool | AddPositions = True,
+    stream: str = "image",
 ) -> Joined:
-    """Embed x [B, C, H, W] and the segments of `stream` with one patch embedding; `absolute` adds sine-cosine tables."""
+    """Embed x [B, C, H, W] and the segments of `stream` with one patch embedding.
+
+    absolute: True adds sine-cosine tables, False nothing; a function (tokens, grid, positions or None) adds its own.
+    """
     grid = (x.shape[-2] // embedder.patch, x.shape[-1] // embedder.patch)
-    tokens = [_embedded(x, embedder, absolute, None)]
+    add = (add_sincos if absolute else _add_nothing) if isinstance(absolute, bool) else absolute
+    tokens = [_embedded(x, embedder, add, None)]
     positions = [grid_positions(*grid)]
     spans = [Span("image", tokens[0].shape[1], stream)]
     for segment in (s for s in segments if s.weights == stream):
-        tokens.append(_embedded(segment.tokens.to(x.dtype), embedder, absolute, segment.positions))
+        tokens.append(_embedded(segment.tokens.to(x.dtype), embedder, add, segment.positions))
         positions.append(_positions_of(segment, embedder.patch))
         spans.append(span_of(segment, tokens[-1].shape[1]))
     joined = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
@@ -45,17 +56,32 @@ def span_of(segment: Segment, length: int) -> Span:
     return Span(segment.name, length, segment.weights, segment.modulation, segment.static, segment.emit)
 
 
-def _embedded(x: Tensor, embedder: PatchEmbed, absolute: bool, positions: Tensor | None) -> Tensor:
+def _embedded(x: Tensor, embedder: PatchEmbed, add: AddPositions, positions: Tensor | None) -> Tensor:
     if x.ndim == 3:
         return x
-    tokens = embedder(x)
-    if not absolute:
-        return tokens
+    return add(embedder(x), (x.shape[-2] // embedder.patch, x.shape[-1] // embedder.patch), positions)
+
+
+def add_sincos(tokens: Tensor, grid: tuple[int, int], positions: Tensor | None) -> Tensor:
+    """The frozen table of DiT: of the whole grid, or at given (row, column) positions [n, 2]."""
     width = tokens.shape[-1]
     if positions is not None:
         return tokens + sincos_at(positions.cpu(), width).to(tokens)
-    grid = (x.shape[-2] // embedder.patch, x.shape[-1] // embedder.patch)
     return tokens + sincos_grid(*grid, width, tokens.dtype, tokens.device)
+
+
+def _add_nothing(tokens: Tensor, grid: tuple[int, int], positions: Tensor | None) -> Tensor:
+    return tokens
+
+
+def check_streams(segments: Sequence[Segment], streams: tuple[str, ...], family: str) -> None:
+    """Refuse a segment that asks for the weights of a stream which the family does not have."""
+    for segment in segments:
+        if segment.weights not in streams:
+            have = " and ".join(repr(s) for s in streams)
+            raise UserError(
+                f"segment {segment.name!r} asks for the weights of {segment.weights!r}; {family} has {have}"
+            )
 
 
 def _positions_of(segment: Segment, patch: int) -> Tensor:

@@ -53,7 +53,8 @@ class DiscreteVP(GaussianPath):
     """T noise levels with rates beta_k: index k is t = (k + 1) / T, and t = 0 is exactly data.
 
     Published: "linear" 1e-4 to 0.02 (DDPM, DiT, PixArt); "scaled-linear" 0.00085 to 0.012 (Stable Diffusion,
-    CogVideoX), 0.02 and 0.03 (Hunyuan-DiT); "cosine". Between two indices log alpha is interpolated linearly.
+    CogVideoX), 0.02 and 0.03 (Hunyuan-DiT); "cosine". Between two indices log alpha and its slope (of central
+    differences, which is the smooth curve's to second order) are interpolated linearly.
     With "+var" the loss adds the variational term of Nichol & Dhariwal 2021 (their L_hybrid with weight 1).
     """
 
@@ -90,7 +91,10 @@ class DiscreteVP(GaussianPath):
 
     def log_alpha(self, t: Tensor) -> Tensor:
         """log alpha, half the log of the cumulative product of 1 - beta; exact at the indices."""
-        knots, position = _log_alpha(self, t.device), self._position(t)
+        return self._interpolate(_knots(self, t.device)[0], t)
+
+    def _interpolate(self, knots: Tensor, t: Tensor) -> Tensor:
+        position = self._position(t)
         lower = position.floor().long()
         below, above = knots[lower], knots[(lower + 1).clamp_max(self.levels)]
         return below + (position - lower) * (above - below)
@@ -101,8 +105,7 @@ class DiscreteVP(GaussianPath):
         return torch.where((position - nearest).abs() < SNAP, nearest, position)
 
     def _slope(self, t: Tensor) -> Tensor:
-        knots, upper = _log_alpha(self, t.device), self._position(t).ceil().long().clamp_min(1)
-        return self.levels * (knots[upper] - knots[upper - 1])
+        return self._interpolate(_knots(self, t.device)[1], t)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.exp(self.log_alpha(t))
@@ -114,13 +117,13 @@ class DiscreteVP(GaussianPath):
         return self.alpha(t) * self._slope(t)
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        return -self.alpha(t) ** 2 * self._slope(t) / self.sigma(t)
+        return -(self.alpha(t) ** 2) * self._slope(t) / self.sigma(t)
 
     def half_log_snr(self, t: Tensor) -> Tensor:
         return self.log_alpha(t) - torch.log(self.sigma(t))
 
     def level(self, half_log_snr: Tensor) -> Tensor:
-        knots = _log_alpha(self, half_log_snr.device)
+        knots = _knots(self, half_log_snr.device)[0]
         wanted = -0.5 * F.softplus(-2 * half_log_snr)
         upper = torch.searchsorted(-knots, -wanted.contiguous()).clamp(1, self.levels)
         fraction = (wanted - knots[upper - 1]) / (knots[upper] - knots[upper - 1])
@@ -163,7 +166,9 @@ class DiscreteVP(GaussianPath):
 
 
 @lru_cache(maxsize=32)
-def _log_alpha(process: DiscreteVP, device: torch.device) -> Tensor:
-    """[T + 1] log alpha at t = 0, 1/T, ..., 1, on one device."""
+def _knots(process: DiscreteVP, device: torch.device) -> tuple[Tensor, Tensor]:
+    """log alpha and its slope at t = 0, 1/T, ..., 1, [T + 1] each; slopes by central differences."""
     logs = 0.5 * torch.log1p(-process.betas()).cumsum(0)
-    return torch.cat([torch.zeros(1, dtype=torch.float64), logs]).to(device)
+    logs = torch.cat([torch.zeros(1, dtype=torch.float64), logs])
+    slopes = torch.gradient(logs, spacing=1 / process.levels)[0]
+    return logs.to(device), slopes.to(device)

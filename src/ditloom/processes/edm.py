@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,7 +61,7 @@ class EDM(GaussianPath):
     def network_time(self, t: float | Tensor) -> float | Tensor:
         """``c_noise = log(sigma) / 4``; levels below sigma_min are told as sigma_min."""
         if not isinstance(t, Tensor):
-            return self.network_time(torch.tensor(t, dtype=torch.float64)).item()
+            return 0.25 * math.log(max(self.at(t).sigma, self.sigma_min))
         return 0.25 * torch.log(self.sigma(t.to(torch.float64)).clamp_min(self.sigma_min))
 
     def alpha(self, t: Tensor) -> Tensor:

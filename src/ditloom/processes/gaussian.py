@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -205,28 +205,32 @@ class GaussianEstimate(Estimate):
     def _at(self) -> Coefficients:
         return self.path.at(self.t)
 
-    def _convert(self, pair: Pair) -> Tensor:
-        return affine(pair, self.x, self._parts[0])
+    def _convert(self, conversion: Callable[[Coefficients], Pair]) -> Tensor:
+        try:
+            return affine(conversion(self._at), self.x, self._parts[0])
+        except ZeroDivisionError:
+            what, predicts = conversion.__name__, self.path.predicts
+            raise UserError(f"{what} of a {predicts!r} prediction is undefined at noise level {self.t}") from None
 
     @cached_property
     def x0(self) -> Tensor:
         """The data estimate."""
-        return self._convert(self.path.kind.x0(self._at))
+        return self._convert(self.path.kind.x0)
 
     @cached_property
     def eps(self) -> Tensor:
         """The noise estimate."""
-        return self._convert(self.path.kind.eps(self._at))
+        return self._convert(self.path.kind.eps)
 
     @cached_property
     def v(self) -> Tensor:
         """The velocity dx/dt."""
-        return self._convert(self.path.kind.v(self._at))
+        return self._convert(self.path.kind.v)
 
     @cached_property
     def score(self) -> Tensor:
         """grad log p_t(x)."""
-        return self._convert(self.path.kind.score(self._at))
+        return self._convert(self.path.kind.score)
 
     def log_variance(self, t_next: float | Tensor) -> Any:
         """log variance of the ancestral step to t_next: a tensor where learned or t is one, else a float."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -34,16 +35,19 @@ class Uniform(Grid):
 
 @dataclass(frozen=True)
 class Karras(Grid):
-    """Equal steps in ``(sigma / alpha)^(1 / rho)`` from sigma_max to sigma_min (Karras et al. 2022, eq. 5)."""
+    """Equal steps in ``(sigma / alpha)^(1 / rho)`` from sigma_max to sigma_min (Karras et al. 2022, eq. 5).
+
+    None: those of an EDM process, else the published 80 and 0.002, as far as the process reaches.
+    """
 
     rho: float = 7.0
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
+    sigma_min: float | None = None
+    sigma_max: float | None = None
 
     def levels(self, process: Process, steps: int) -> Tensor:
         path = require_gaussian(process, "the Karras grid")
-        low, high = (_reachable(path, s) ** (1 / self.rho) for s in (self.sigma_min, self.sigma_max))
-        sigmas = torch.linspace(high, low, max(steps, 1), dtype=torch.float64) ** self.rho
+        low, high = (r ** (1 / self.rho) for r in _ratios(path, self.sigma_min, self.sigma_max))
+        sigmas = torch.linspace(high, low, steps, dtype=torch.float64) ** self.rho
         return path.level(-torch.log(sigmas))
 
 
@@ -51,19 +55,21 @@ class Karras(Grid):
 class LogSNR(Grid):
     """Equal steps in log(alpha / sigma) (DPM-Solver), between the noise-to-signal ratios of `Karras`."""
 
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
+    sigma_min: float | None = None
+    sigma_max: float | None = None
 
     def levels(self, process: Process, steps: int) -> Tensor:
         path = require_gaussian(process, "the log-SNR grid")
-        ends = [torch.tensor(_reachable(path, s), dtype=torch.float64).log() for s in (self.sigma_max, self.sigma_min)]
-        return path.level(-torch.linspace(*(e.item() for e in ends), max(steps, 1), dtype=torch.float64))
+        low, high = (math.log(r) for r in _ratios(path, self.sigma_min, self.sigma_max))
+        return path.level(-torch.linspace(high, low, steps, dtype=torch.float64))
 
 
-def _reachable(path: GaussianPath, ratio: float) -> float:
-    """A noise-to-signal ratio, moved into what the path's span reaches."""
-    low, high = (torch.exp(-path.half_log_snr(torch.tensor(t, dtype=torch.float64))).item() for t in path.span)
-    return min(max(ratio, low), high)
+def _ratios(path: GaussianPath, low: float | None, high: float | None) -> tuple[float, float]:
+    """The given noise-to-signal ratios within what the span reaches; else EDM's own, or its published ones."""
+    low = low if low is not None else getattr(path, "sigma_min", 0.002)
+    high = high if high is not None else getattr(path, "sigma_max", 80.0)
+    ends = torch.exp(-path.half_log_snr(torch.tensor(path.span, dtype=torch.float64)))
+    return max(low, ends[0].item()), min(high, ends[1].item())
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,8 @@ class Indices(Grid):
 
     def levels(self, process: Process, steps: int) -> Tensor:
         if not isinstance(process, DiscreteVP):
-            kind = type(process).__name__
-            raise UserError(f"the grid {type(self).__name__.lower()!r} needs a discrete process, got {kind}; try uniform")
+            name, kind = type(self).__name__.lower(), type(process).__name__
+            raise UserError(f"the grid {name!r} needs a discrete process, got {kind}; try uniform")
         if not 1 <= steps <= process.levels:
             raise UserError(f"steps must be from 1 to {process.levels}, got {steps}")
         indices = torch.tensor(sorted(set(self.indices(process.levels, steps)), reverse=True), dtype=torch.float64)

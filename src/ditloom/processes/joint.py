@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.process import Components, Estimate, Loss, Process
 from ditloom.contracts.registries import PROCESSES
@@ -41,7 +43,7 @@ class Joint(Process):
 
     def _each(self, fn: Callable[..., Any], *signals: Any, t: Any) -> Components:
         """``fn(process, t, *parts)`` per component; a component whose t is None passes its first part on."""
-        out = {}
+        out: dict[str, Any] = {}
         for name, process in self.processes.items():
             parts, own = [s if s is None else s[name] for s in signals], time_of(t, name)
             out[name] = parts[0] if own is None else fn(process, own, *parts)
@@ -77,7 +79,8 @@ class Joint(Process):
 
     def loss(self, prediction: Any, x0: Any, noise: Any, t: Any, mask: Any = None) -> Loss:
         """Weighted sum over the components; terms are named "component/term"."""
-        total, terms = 0.0, {}
+        total: Any = 0.0
+        terms: dict[str, Tensor] = {}
         for name, process in self.processes.items():
             if (own := time_of(t, name)) is None:
                 continue
@@ -87,7 +90,7 @@ class Joint(Process):
             terms.update({f"{name}/{term}": value for term, value in loss.terms.items()})
         if not terms:
             raise UserError("every component of the joint process is given: nothing is left to predict")
-        return Loss(total, terms)  # type: ignore[arg-type]
+        return Loss(total, terms)
 
     def estimate(self, x: Any, t: Any, prediction: Any) -> JointEstimate:
         """What the predictions say, component by component."""

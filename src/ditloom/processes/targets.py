@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 
 class Coefficients(NamedTuple):
@@ -33,6 +33,8 @@ IDENTITY = Pair(0.0, 1.0)
 @dataclass(frozen=True)
 class Target(ABC):
     """One kind of prediction."""
+
+    tells_noise_of_data: ClassVar[bool] = True  # whether eps can be read off at sigma = 0
 
     @abstractmethod
     def of_data(self, c: Coefficients) -> Pair:
@@ -81,6 +83,8 @@ class Eps(Target):
 class Data(Target):
     """The clean data."""
 
+    tells_noise_of_data = False
+
     def of_data(self, c: Coefficients) -> Pair:
         return Pair(1.0, 0.0)
 
@@ -103,6 +107,8 @@ class Velocity(Target):
 
 class Score(Target):
     """grad log p_t; trained in the form ``sigma s + eps`` (SiT), which stays finite at sigma = 0."""
+
+    tells_noise_of_data = False
 
     def of_data(self, c: Coefficients) -> Pair:
         return Pair(0.0, -1 / c.sigma)

@@ -8,8 +8,9 @@ static except the gates, tensors named by the masks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Layout
+from ditloom.contracts.streams import Context
 
 Gates = Mapping[str, Tensor]
 
@@ -202,34 +204,85 @@ def _single(rule: Rule) -> Term:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a term is evaluated: none (no mask), split (whole segments), or dense (a boolean matrix)."""
+    """How a term is evaluated for a layout: none (no mask), split (whole segments), or dense (a boolean matrix).
+
+    Its tensors are found in the gates: "mask.N" [B or 1, N, N], or "queries.N.G" and "keys.N.G", token indices of
+    group G of term N.
+    """
 
     kind: Literal["none", "split", "dense"]
-    groups: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
+    weight: float | str = 1.0
+    groups: int = 0
 
 
-def compile_term(term: Term, layout: Layout) -> Plan:
-    """The cheapest exact plan of a term for a layout; a query segment that may see nothing is refused."""
-    names = [span.name for stream in layout.streams for span in layout.of(stream)]
+@dataclass(frozen=True)
+class Settled:
+    """A rule worked out for one layout: what blocks are given, a compile-time constant."""
+
+    rule: Rule
+    layout: Layout
+    plans: tuple[Plan, ...]
+
+
+def settle(rule: Rule, layout: Layout, gates: Gates, device: torch.device | None = None) -> tuple[Settled, Gates]:
+    """Work a rule out for a layout, once per forward: the cheapest exact plan of every term, and all its tensors."""
+    made = dict(gates)
+    plans = []
+    for n, term in enumerate(rule.terms):
+        kind, groups = compile_term(term, layout)
+        if kind == "dense":
+            made[f"mask.{n}"] = dense(term, layout, gates, device)
+        for g, (queries, keys) in enumerate(groups):
+            made[f"queries.{n}.{g}"] = _tokens(layout, queries, device)
+            made[f"keys.{n}.{g}"] = _tokens(layout, keys, device)
+        plans.append(Plan(kind, term.weight, len(groups)))
+    return Settled(rule, layout, tuple(plans)), made
+
+
+def with_padding(context: Context, layout: Layout, mask: Tensor | None) -> Context:
+    """The context of a forward whose segment "text" has padding, mask [B, n] being True at real tokens."""
+    if mask is None:
+        return context
+    settled, gates = settle(rule(Padding("text", "text_mask")), layout, {"text_mask": mask}, mask.device)
+    return replace(context, rule=settled, gates=dict(gates))
+
+
+Groups = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+
+
+@lru_cache(maxsize=256)
+def compile_term(term: Term, layout: Layout) -> tuple[Literal["none", "split", "dense"], Groups]:
+    """The cheapest exact kind of a term, with its groups (query segments, key segments) when split.
+
+    A segment that may attend to nothing is refused.
+    """
+    names = _names(layout)
     allowed = {(q, k): min((m.pair(q, k) for m in term.masks), default=Allow.ALL) for q in names for k in names}
     for q in names:
         if all(allowed[q, k] is Allow.NONE for k in names):
             raise UserError(f"the attention rule leaves segment {q!r} nothing to attend to")
     if all(a is Allow.ALL for a in allowed.values()):
-        return Plan("none")
+        return "none", ()
     if any(a is Allow.SOME for a in allowed.values()):
-        return Plan("dense")
+        return "dense", ()
     groups: dict[tuple[str, ...], list[str]] = {}
     for q in names:
         groups.setdefault(tuple(k for k in names if allowed[q, k] is Allow.ALL), []).append(q)
-    return Plan("split", tuple((tuple(queries), keys) for keys, queries in groups.items()))
+    return "split", tuple((tuple(queries), keys) for keys, queries in groups.items())
 
 
 def dense(term: Term, layout: Layout, gates: Gates, device: torch.device | None = None) -> Tensor:
     """The boolean matrix [B or 1, N, N] of a term over the joint sequence."""
-    names = [span.name for stream in layout.streams for span in layout.of(stream)]
-    rows = [torch.cat([_block(term, q, k, layout, gates, device) for k in names], dim=2) for q in names]
+    names = _names(layout)
+    rows = [torch.cat(_same_batch([_block(term, q, k, layout, gates, device) for k in names]), dim=2) for q in names]
     return torch.cat(_same_batch(rows), dim=1)
+
+
+def check_rows(mask: Tensor) -> None:
+    """Refuse a boolean mask [..., N, N] with an empty query row, whose softmax would be NaN."""
+    empty = ~mask.any(dim=-1)
+    if bool(empty.any()):
+        raise UserError(f"the attention rule leaves {int(empty.sum())} query tokens nothing to attend to")
 
 
 def _block(term: Term, query: str, key: str, layout: Layout, gates: Gates, device: torch.device | None) -> Tensor:
@@ -241,17 +294,18 @@ def _block(term: Term, query: str, key: str, layout: Layout, gates: Gates, devic
             allow = torch.zeros_like(allow)
         elif says is Allow.SOME:
             allow = allow & mask.block(query, key, layout, gates).to(allow.device)
-    batch = max((g.shape[0] for g in gates.values()), default=1)
-    return allow.expand(batch, -1, -1)
+    return allow
 
 
-def _same_batch(rows: list[Tensor]) -> list[Tensor]:
-    batch = max(r.shape[0] for r in rows)
-    return [r.expand(batch, -1, -1) for r in rows]
+def _same_batch(parts: list[Tensor]) -> list[Tensor]:
+    batch = max(p.shape[0] for p in parts)
+    return [p.expand(batch, -1, -1) for p in parts]
 
 
-def check_rows(mask: Tensor) -> None:
-    """Refuse a boolean mask [..., N, N] with an empty query row, whose softmax would be NaN."""
-    empty = ~mask.any(dim=-1)
-    if bool(empty.any()):
-        raise UserError(f"the attention rule leaves {int(empty.sum())} query tokens nothing to attend to")
+def _names(layout: Layout) -> list[str]:
+    return [span.name for stream in layout.streams for span in layout.of(stream)]
+
+
+def _tokens(layout: Layout, names: tuple[str, ...], device: torch.device | None) -> Tensor:
+    slices = [layout.joint_slice(name) for name in names]
+    return torch.cat([torch.arange(s.start, s.stop, device=device) for s in slices])

@@ -13,7 +13,7 @@ from ditloom.contracts.layout import Layout, Segment
 from ditloom.contracts.method import Handler
 from ditloom.contracts.site import Site
 from ditloom.contracts.streams import Context
-from ditloom.sites.rules import Isolate, both, rule
+from ditloom.sites.rules import Isolate, Settled, both, rule, settle
 
 if TYPE_CHECKING:
     from ditloom.sites.run import Run
@@ -39,16 +39,19 @@ class AddedSegments:
 
     def ruled(self, layout: Layout, context: Context) -> Context:
         """The context with the handlers' rules, and static segments isolated from everything else."""
-        combined, gates = context.rule, dict(context.gates)
+        own = context.rule.rule if isinstance(context.rule, Settled) else context.rule
+        combined, gates = own, dict(context.gates)
         for handler in self.rulers:
             given = handler.rule(layout, self.clock, self.rows)
             if given is not None:
                 combined, gates = both(combined, given[0]), {**gates, **given[1]}
         if self.fresh:
             combined = both(combined, rule(Isolate(tuple(s.name for s in self.fresh))))
-        if combined is context.rule:
+        if combined is own:
             return context
-        return replace(context, rule=combined, gates=gates)
+        assert combined is not None
+        settled, gates = settle(combined, layout, gates, self.run.backbone.device)
+        return replace(context, rule=settled, gates=gates)
 
     def keep(self, index: int, given: dict[str, Any]) -> list[str]:
         """Names a block must keep for fresh static segments; kept keys of held ones go into `given`."""

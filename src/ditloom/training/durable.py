@@ -6,6 +6,7 @@ Every operation goes through `os` one call at a time, so that tests can stop the
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -97,6 +98,22 @@ def remove_folder(path: Path) -> None:
     for name in os.listdir(doomed):
         os.unlink(doomed / name)
     os.rmdir(doomed)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; a second one is refused. The hold ends with the process, however it ends."""
+    with explained("open", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing to {folder}: wait for it or choose another folder") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def json_bytes(value: Any) -> bytes:

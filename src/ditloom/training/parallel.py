@@ -31,6 +31,11 @@ class Alone:
         """Around the forward and backward pass of one micro-batch; `last` of the batch or not."""
         yield
 
+    @contextlib.contextmanager
+    def callable_anywhere(self) -> Iterator[None]:
+        """While entered, networks may be called outside the training step, as sampling does; on every process."""
+        yield
+
 
 class Replicated(Alone):
     """DDP: every process holds all weights; gradients are averaged over processes.
@@ -42,9 +47,7 @@ class Replicated(Alone):
     def __init__(self, step: TrainStep, world: World, compute: torch.dtype):
         super().__init__(step, world, compute)
         partly = len(step.phases) > 1 or any(True for _ in step.objectives.parameters())
-        self.ddp = DistributedDataParallel(
-            step, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=partly
-        )
+        self.ddp = DistributedDataParallel(step, gradient_as_bucket_view=True, find_unused_parameters=partly)
         self.module = self.ddp
         self.once = compute == torch.float32
 
@@ -72,6 +75,14 @@ class Sharded(Alone):
     def accumulating(self, last: bool) -> Iterator[None]:
         self.sharded.set_requires_gradient_sync(last)
         yield
+
+    @contextlib.contextmanager
+    def callable_anywhere(self) -> Iterator[None]:
+        self.sharded.unshard()
+        try:
+            yield
+        finally:
+            self.sharded.reshard()
 
 
 PARALLEL = {"none": Alone, "ddp": Replicated, "fsdp": Sharded}

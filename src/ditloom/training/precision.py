@@ -46,6 +46,7 @@ class MasterWeights:
     def __init__(self, module: nn.Module, compute: torch.dtype):
         self.named: dict[str, nn.Parameter] = {}
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self._buffers: dict[nn.Parameter, Tensor] = {}
         for name, parameter in module.named_parameters():
             self.named[name] = self._master_of(parameter, compute)
 
@@ -65,22 +66,28 @@ class MasterWeights:
     @torch.no_grad()
     def collect(self) -> None:
         """Add the copies' gradients to the masters', in fp32; call after every backward pass."""
-        fresh, more, totals = [], [], []
-        for master, copy in self._pairs:
-            if copy.grad is None:
-                continue
-            if master.grad is None:
-                fresh.append((master, copy))
-            else:
-                totals.append(master.grad)
-                more.append(copy.grad)
-        for master, copy in fresh:
-            assert copy.grad is not None
-            master.grad = copy.grad.float()
-        if totals:
-            torch._foreach_add_(totals, [grad.float() for grad in more])
-        for _, copy in self._pairs:
-            copy.grad = None
+        for first in (True, False):
+            pairs = [(m, c) for m, c in self._pairs if c.grad is not None and (m.grad is None) is first]
+            found = [copy.grad for _, copy in pairs]
+            if first:
+                self._start([master for master, _ in pairs], found)
+            elif pairs:
+                torch._foreach_add_([master.grad for master, _ in pairs], [grad.float() for grad in found])
+            for _, copy in pairs:
+                copy.grad = None
+
+    def _start(self, masters: list[nn.Parameter], gradients: list[Tensor]) -> None:
+        """The first gradients of a batch, written into buffers that are kept from batch to batch."""
+        buffers = [self._buffer(master) for master in masters]
+        if buffers:
+            torch._foreach_copy_(buffers, gradients)
+        for master, buffer in zip(masters, buffers, strict=True):
+            master.grad = buffer
+
+    def _buffer(self, master: nn.Parameter) -> Tensor:
+        if master not in self._buffers:
+            self._buffers[master] = torch.empty_like(master)
+        return self._buffers[master]
 
     @torch.no_grad()
     def publish(self) -> None:

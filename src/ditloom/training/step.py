@@ -12,7 +12,7 @@ from ditloom.contracts.backbone import Backbone
 from ditloom.contracts.errors import UnknownName
 from ditloom.contracts.objective import Objective, TrainBatch
 from ditloom.contracts.process import Process
-from ditloom.training.observe import observe
+from ditloom.training.observe import Observer
 from ditloom.training.optim import Adam, AdamW
 from ditloom.training.schedules import Constant, Schedule
 
@@ -59,6 +59,7 @@ class TrainStep(nn.Module):
     def __init__(self, roles: Mapping[str, Backbone], process: Process, phases: Sequence[Phase]):
         super().__init__()
         self.roles = nn.ModuleDict(roles)
+        self.observers = {name: Observer(network) for name, network in roles.items()}
         self.process = process
         self.phases = {phase.name: phase for phase in phases}
         self.objectives = nn.ModuleDict({p.name: nn.ModuleDict(p.objectives) for p in phases})
@@ -71,8 +72,8 @@ class TrainStep(nn.Module):
         active = {name: now.objectives[name] for name in coefficients}
         taps = list(dict.fromkeys(tap for objective in active.values() for tap in objective.captures()))
         x = process.scale_input(process.add_noise(batch.x, batch.noise, batch.t), batch.t)
-        network = self.roles[now.role]
-        prediction, captured = observe(network, x, process.network_time(batch.t), batch.condition, taps)
+        observe = self.observers[now.role]
+        prediction, captured = observe(x, process.network_time(batch.t), batch.condition, taps)
         prediction = prediction.float()
         total, logs = prediction.new_zeros(len(batch.x)), {}
         for name, objective in active.items():

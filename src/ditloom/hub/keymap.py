@@ -1,0 +1,219 @@
+"""Tables that say, in both directions, which tensor of another code base is which of ours.
+
+A map is a list of entries; the first entry that names one of our tensors has it. In a pattern ``{i}`` is a block's
+number, ``{p}`` is weight or bias, and ``{rest}`` is the end of a name.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditloom.contracts.errors import UserError
+
+Tensors = dict[str, Tensor]
+Where = Callable[[Any], range]
+PLACES = {"{i}": r"(?P<i>\d+)", "{p}": r"(?P<p>weight|bias)", "{rest}": r"(?P<rest>.+)"}
+
+
+class Change(ABC):
+    """What happens to the values on the way."""
+
+    @abstractmethod
+    def out(self, ours: Tensor) -> Tensor:
+        """Our tensor as theirs."""
+
+    @abstractmethod
+    def back(self, theirs: Tensor, like: Tensor) -> Tensor:
+        """Their tensor as ours, in the shape of `like`."""
+
+
+class Same(Change):
+    """Nothing."""
+
+    def out(self, ours: Tensor) -> Tensor:
+        return ours
+
+    def back(self, theirs: Tensor, like: Tensor) -> Tensor:
+        return theirs
+
+
+class SwapHalves(Change):
+    """(shift, scale) to (scale, shift) along the rows, and back."""
+
+    def out(self, ours: Tensor) -> Tensor:
+        return torch.cat(ours.chunk(2)[::-1])
+
+    def back(self, theirs: Tensor, like: Tensor) -> Tensor:
+        return self.out(theirs)
+
+
+class FlatTable(Change):
+    """A table [h, w, D] as [1, h * w, D]."""
+
+    def out(self, ours: Tensor) -> Tensor:
+        return ours.flatten(0, 1)[None]
+
+    def back(self, theirs: Tensor, like: Tensor) -> Tensor:
+        return theirs.reshape(like.shape)
+
+
+SAME, SWAP, FLAT = Same(), SwapHalves(), FlatTable()
+
+
+class Entry(ABC):
+    """One line of a map."""
+
+    ours: str = ""
+
+    def claims(self, name: str, config: Any) -> dict[str, Any] | None:
+        """The placeholders' values if `name` is a tensor of ours that this entry speaks of."""
+        match = _pattern(self.ours).fullmatch(name) if self.ours else None
+        return match.groupdict() if match else None
+
+    @abstractmethod
+    def out(self, found: Mapping[str, Any], ours: Tensor, config: Any) -> Tensors:
+        """Their tensors that one of ours becomes."""
+
+    @abstractmethod
+    def back(self, found: Mapping[str, Any], theirs: Mapping[str, Tensor], like: Tensor, config: Any) -> Tensor:
+        """Our tensor, from theirs."""
+
+    def added(self, config: Any) -> Tensors:
+        """Tensors that only they store."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Move(Entry):
+    """One tensor is one tensor. `where`: the blocks it holds for; `from_zero`: theirs are numbered from the first."""
+
+    theirs: str
+    ours: str
+    change: Change = SAME
+    where: Where | None = None
+    from_zero: bool = False
+
+    def claims(self, name: str, config: Any) -> dict[str, Any] | None:
+        found = super().claims(name, config)
+        if found is None or self.where is None:
+            return found
+        blocks, i = self.where(config), int(found["i"])
+        if i not in blocks:
+            return None
+        return {**found, "i": i - blocks.start} if self.from_zero else found
+
+    def out(self, found: Mapping[str, Any], ours: Tensor, config: Any) -> Tensors:
+        return {self.theirs.format(**found): self.change.out(ours)}
+
+    def back(self, found: Mapping[str, Any], theirs: Mapping[str, Tensor], like: Tensor, config: Any) -> Tensor:
+        return self.change.back(theirs[self.theirs.format(**found)], like)
+
+
+@dataclass(frozen=True)
+class Fuse(Entry):
+    """Several of theirs, equally tall, stand one above the other in one of ours."""
+
+    theirs: tuple[str, ...]
+    ours: str
+
+    def out(self, found: Mapping[str, Any], ours: Tensor, config: Any) -> Tensors:
+        parts = ours.chunk(len(self.theirs))
+        return {name.format(**found): part for name, part in zip(self.theirs, parts, strict=True)}
+
+    def back(self, found: Mapping[str, Any], theirs: Mapping[str, Tensor], like: Tensor, config: Any) -> Tensor:
+        return torch.cat([theirs[name.format(**found)] for name in self.theirs])
+
+
+@dataclass(frozen=True)
+class Copies(Entry):
+    """They keep one of ours once in every block; the copies must agree."""
+
+    theirs: str
+    ours: str
+
+    def out(self, found: Mapping[str, Any], ours: Tensor, config: Any) -> Tensors:
+        return {self.theirs.format(**{**found, "i": i}): ours for i in range(config.depth)}
+
+    def back(self, found: Mapping[str, Any], theirs: Mapping[str, Tensor], like: Tensor, config: Any) -> Tensor:
+        first, *others = (self.theirs.format(**{**found, "i": i}) for i in range(config.depth))
+        for name in others:
+            if not torch.equal(theirs[name], theirs[first]):
+                raise UserError(f"{name} differs from {first}: this model has one of them for all its blocks")
+        return theirs[first]
+
+
+@dataclass(frozen=True)
+class Derived(Entry):
+    """They store a table that follows from the settings; `make` gives it, or None where the model has none."""
+
+    theirs: str
+    make: Callable[[Any], Tensor | None] = field(compare=False)
+    what: str = "table"
+
+    def added(self, config: Any) -> Tensors:
+        value = self.make(config)
+        return {} if value is None else {self.theirs: value}
+
+    def out(self, found: Mapping[str, Any], ours: Tensor, config: Any) -> Tensors:
+        return {}
+
+    def back(self, found: Mapping[str, Any], theirs: Mapping[str, Tensor], like: Tensor, config: Any) -> Tensor:
+        raise AssertionError("a derived table is none of our tensors")
+
+    def verify(self, theirs: Mapping[str, Tensor], config: Any) -> None:
+        """Refuse a checkpoint whose table is another one: it would become a different model in silence."""
+        for name, value in self.added(config).items():
+            stored = theirs[name]
+            tolerance = 1e-4 if stored.dtype in (torch.float32, torch.float64) else 1e-2
+            if not torch.allclose(stored.float(), value.float(), rtol=0, atol=tolerance):
+                raise UserError(f"{name} in the checkpoint is not the {self.what} that this model computes")
+
+
+class KeyMap:
+    """The entries of one foreign format."""
+
+    def __init__(self, *entries: Entry):
+        self.entries = entries
+
+    def out(self, ours: Mapping[str, Tensor], config: Any) -> Tensors:
+        """All their tensors from all of ours; works on the meta device too, for names and shapes."""
+        theirs: Tensors = {}
+        for name, value in ours.items():
+            entry, found = self._entry(name, config)
+            theirs.update(entry.out(found, value, config))
+        dtype = next(iter(ours.values())).dtype
+        for entry in self.entries:
+            theirs.update({name: value.to(dtype) for name, value in entry.added(config).items()})
+        return theirs
+
+    def back(self, theirs: Mapping[str, Tensor], like: Mapping[str, Tensor], config: Any) -> Tensors:
+        """Our tensors, named and shaped as `like`, from all of theirs."""
+        for entry in self.entries:
+            if isinstance(entry, Derived):
+                entry.verify(theirs, config)
+        ours: Tensors = {}
+        for name, value in like.items():
+            entry, found = self._entry(name, config)
+            ours[name] = entry.back(found, theirs, value, config)
+        return ours
+
+    def _entry(self, name: str, config: Any) -> tuple[Entry, dict[str, Any]]:
+        for entry in self.entries:
+            found = entry.claims(name, config)
+            if found is not None:
+                return entry, found
+        raise UserError(f"this format has no place for {name}")
+
+
+@lru_cache(maxsize=1024)
+def _pattern(text: str) -> re.Pattern[str]:
+    parts = re.split(r"(\{\w+\})", text)
+    return re.compile("".join(PLACES.get(part) or re.escape(part) for part in parts))

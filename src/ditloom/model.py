@@ -1,0 +1,385 @@
+"""A model: backbone, process, latent space and conditioner, and its folder on disk. The door to every upper floor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ditloom.contracts.backbone import Backbone, BackboneConfig
+from ditloom.contracts.condition import Condition
+from ditloom.contracts.conditioner import Conditioner
+from ditloom.contracts.errors import UnknownName, UserError
+from ditloom.contracts.latent import LatentSpace
+from ditloom.contracts.method import Handler, Method
+from ditloom.contracts.process import Process
+from ditloom.contracts.registries import BACKBONES, CONDITIONERS, GUIDANCE, LATENTS, METHODS, PROCESSES, SAMPLERS
+from ditloom.contracts.sampler import Step
+from ditloom.contracts.settings import registered
+from ditloom.samplers.trajectory import Trajectory
+from ditloom.sites.report import Report
+from ditloom.sites.surface import Surface
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+BUNDLED = files("ditloom") / "assets" / "models"
+DEFAULTS = {"sampler": "euler", "steps": 30, "guidance": "cfg:scale=3.0", "size": None}
+Using = Sequence[str | Method | Handler]
+Input = str | int | None
+
+
+@dataclass
+class Result:
+    """What `generate` returns: images in the order of their inputs, latents, the report, and the settings used."""
+
+    images: list[Image]
+    latents: Tensor
+    report: Report
+    settings: dict[str, Any]
+
+
+@dataclass
+class Batch:
+    """One batch on its way: its images' indices and inputs; iterate `steps` to draw it, then `decoded`."""
+
+    indices: list[int]
+    trajectory: Trajectory
+    shape: tuple[int, ...]
+    steps_total: int
+
+    def steps(self) -> Iterator[Step]:
+        """The steps of this batch."""
+        return self.trajectory.walk(self.shape, self.steps_total)
+
+
+@dataclass
+class Model:
+    """A trained Diffusion Transformer with everything around it.
+
+    sampling: defaults for `generate` (sampler, steps, guidance, size). info: provenance (name, licence, recipe, data).
+    """
+
+    backbone: Backbone
+    process: Process
+    latents: LatentSpace
+    conditioner: Conditioner
+    sampling: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    attached: list[str | Method | Handler] = field(default_factory=list)
+
+    def generate(
+        self,
+        inputs: Sequence[Input] | Input,
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+        guidance: Any = None,
+        sampler: Any = None,
+        negative: Input = None,
+        using: Using = (),
+        indices: Sequence[int] | None = None,
+        size: int | tuple[int, int] | None = None,
+        batch_size: int = 32,
+        batched: bool = True,
+        on_step: Callable[[Batch, Step], None] | None = None,
+    ) -> Result:
+        """Draw one image per input (a prompt, a class, or None).
+
+        Image i is drawn from (seed, indices[i]) alone, whatever the batch. guidance: a scale, or a rule such as
+        "cfg:scale=3"; negative: what guidance leads away from. using: methods, as "name:key=value" or objects.
+        """
+        listed = [inputs] if isinstance(inputs, str | int) or inputs is None else list(inputs)
+        settings = self.settings(steps=steps, seed=seed, guidance=guidance, sampler=sampler, size=size)
+        numbers = list(range(len(listed))) if indices is None else list(indices)
+        if len(numbers) != len(listed):
+            raise UserError(f"{len(numbers)} image indices are given for {len(listed)} inputs")
+        report, latents = Report(), []
+        for start in range(0, len(listed), batch_size):
+            part = slice(start, start + batch_size)
+            batch = self.batch(listed[part], numbers[part], settings, negative, using, batched)
+            batch.trajectory.report = report
+            for step in batch.steps():
+                if on_step is not None:
+                    on_step(batch, step)
+            latents.append(step.x)
+        x = torch.cat(latents) if latents else torch.empty(0)
+        return Result(self.pictures(x) if latents else [], x, report, settings)
+
+    def settings(self, **given: Any) -> dict[str, Any]:
+        """The sampling settings: what is given, else the model's own defaults; checked."""
+        chosen = {**DEFAULTS, **self.sampling, **{k: v for k, v in given.items() if v is not None}}
+        if not 1 <= int(chosen["steps"]) <= 10_000:
+            raise UserError(f"steps must be between 1 and 10000; got {chosen['steps']}")
+        if isinstance(chosen["guidance"], int | float):
+            scale = float(chosen["guidance"])
+            if not -100.0 <= scale <= 100.0:
+                raise UserError(f"the guidance scale must lie in -100..100; got {scale}")
+            chosen["guidance"] = f"cfg:scale={scale}"
+        return chosen
+
+    def batch(
+        self,
+        inputs: Sequence[Input],
+        indices: Sequence[int],
+        settings: Mapping[str, Any],
+        negative: Input = None,
+        using: Using = (),
+        batched: bool = True,
+    ) -> Batch:
+        """Prepare a batch: conditions of all branches, sampler, guidance and handlers."""
+        guidance = registered(GUIDANCE, settings["guidance"])
+        sampler = registered(SAMPLERS, settings["sampler"])
+        shape = self.latent_shape(settings.get("size"))
+        conditions = self._conditions(inputs, negative, guidance.needs)
+        trajectory = Trajectory(
+            self.backbone,
+            self.process,
+            sampler,
+            guidance,
+            conditions,
+            self.handlers(using, shape),
+            seed=int(settings.get("seed", 0)),
+            indices=list(indices),
+            batched=batched,
+        )
+        return Batch(list(indices), trajectory, shape, int(settings["steps"]))
+
+    def latent_shape(self, size: int | tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image size (the native one by default)."""
+        native = getattr(self.backbone.preset, "image_size", 32) * self.latents.factor
+        return self.latents.shape(size or self.sampling.get("size") or native)
+
+    def handlers(self, using: Using, shape: tuple[int, ...]) -> list[Handler]:
+        """What is attached and what is asked for, bound to this model."""
+        wanted = [*self.attached, *using]
+        if not wanted:
+            return []
+        surface = self.surface(shape)
+        bound = []
+        for item in wanted:
+            handler = item if isinstance(item, Handler) else registered(METHODS, item).bind(surface)
+            bound.append(handler)
+        return bound
+
+    def surface(self, shape: tuple[int, ...] | None = None) -> Surface:
+        """The sites of this model at a latent size."""
+        x = torch.zeros(1, *(shape or self.latent_shape()), device=self.backbone.device)
+        time = torch.zeros(1, dtype=torch.float64, device=x.device)
+        with torch.no_grad():
+            memory = self.backbone.prepare(self.conditioner.null(1).to(x.device))
+            streams, _ = self.backbone.embed(x, time, memory)
+        return Surface(self.backbone, streams.layout, ("cond", "uncond"))
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> list[Image]:
+        """Decode latents [B, C, h, w] to pictures."""
+        from PIL import Image
+
+        decoded = [self.latents.decode(part.float()) for part in latents.split(32)]
+        pixels = (torch.cat(decoded).clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).cpu()
+        arrays = [p.permute(1, 2, 0).numpy() for p in pixels]
+        return [Image.fromarray(a.squeeze(-1) if a.shape[-1] == 1 else a) for a in arrays]
+
+    def _conditions(
+        self, inputs: Sequence[Input], negative: Input, branches: Sequence[str]
+    ) -> dict[str, Condition]:
+        device, dtype = self.backbone.device, self.backbone.dtype
+        cond = self.conditioner.encode(list(inputs)).to(device, dtype)
+        made = {"cond": cond}
+        for name in branches:
+            if name == "weak":
+                made[name] = cond
+            elif name not in made:
+                made[name] = self.conditioner.encode([negative] * len(inputs)).to(device, dtype)
+        return made
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
+        """Move; `dtype` applies to the backbone, the latent space stays in float32."""
+        self.backbone.to(device=device, dtype=dtype)
+        self.latents.to(device=device)
+        self.conditioner.to(device=device)
+        return self
+
+    def compile(self) -> Model:
+        """Compile the backbone block by block."""
+        from ditloom.sites.compiling import compile_blocks
+
+        compile_blocks(self.backbone)
+        return self
+
+    def config(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return {
+            "format": 1,
+            "backbone": self.backbone.preset.to_dict(),
+            "process": self.process.config(),
+            "latents": _component(self.latents),
+            "conditioner": _component(self.conditioner),
+            "sampling": self.sampling,
+            "info": self.info,
+        }
+
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write the model folder: config.json and model.safetensors, each beside and then renamed."""
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = {k: _stored(v, dtype) for k, v in self._state().items()}
+            beside = folder / "model.safetensors.part"
+            save_file(tensors, beside)
+            beside.replace(folder / "model.safetensors")
+            beside = folder / "config.json.part"
+            beside.write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")
+            beside.replace(folder / "config.json")
+        except OSError as error:
+            raise UserError(f"cannot write the model to {folder}: {error.strerror or error}") from error
+        return folder
+
+    def _parts(self) -> dict[str, nn.Module]:
+        return {"backbone": self.backbone, "latents": self.latents, "conditioner": self.conditioner}
+
+    def _state(self) -> dict[str, Tensor]:
+        return {f"{name}.{k}": v for name, part in self._parts().items() for k, v in part.state_dict().items()}
+
+
+def _component(part: Any) -> dict[str, Any]:
+    return {"name": type(part).__registration__.name, **part.config()}
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def names() -> list[str]:
+    """The bundled models."""
+    return sorted(p.name for p in BUNDLED.iterdir() if (p / "config.json").is_file()) if BUNDLED.is_dir() else []
+
+
+def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
+    """A model by bundled name, folder, or hub id (``owner/name``)."""
+    folder = _locate(str(name))
+    config = _read_config(folder)
+    with torch.random.fork_rng(devices=[]):
+        model = assemble(config)
+    _load_weights(model, folder)
+    model.backbone.eval().requires_grad_(False)
+    return model.to(device, dtype)
+
+
+def assemble(config: Mapping[str, Any]) -> Model:
+    """The model that a config.json describes, with fresh weights."""
+    backbone = backbone_config(config["backbone"]).build()
+    latents = _build(LATENTS, config["latents"])
+    conditioner = _build(CONDITIONERS, config["conditioner"])
+    process = registered(PROCESSES, config["process"])
+    return Model(backbone, process, latents, conditioner, dict(config.get("sampling", {})), dict(config.get("info", {})))
+
+
+def _build(registry: Any, config: Mapping[str, Any]) -> Any:
+    settings = {k: v for k, v in config.items() if k != "name"}
+    return registry.get(config["name"])(**settings)
+
+
+def backbone_config(values: Mapping[str, Any]) -> BackboneConfig:
+    """A backbone configuration from plain values with a "family"."""
+    return BACKBONES.get(values["family"]).config_class.from_dict(values)
+
+
+def presets() -> dict[str, BackboneConfig]:
+    """Every published preset by name."""
+    found: dict[str, BackboneConfig] = {}
+    for family in BACKBONES.names():
+        found |= BACKBONES.get(family).presets
+    return found
+
+
+def build(name: str, **changes: Any) -> Backbone:
+    """A freshly initialised backbone by its published name, with settings changed: build("DiT-S/2", image_size=16)."""
+    known = presets()
+    by_fold = {k.casefold(): k for k in known}
+    if name.casefold() not in by_fold:
+        raise UnknownName("backbone", name, known)
+    preset = known[by_fold[name.casefold()]]
+    return type(preset).from_dict({**preset.to_dict(), **changes}).build()
+
+
+@contextmanager
+def using(target: Any, *methods: str | Method | Handler) -> Iterator[Any]:
+    """Attach methods to a model for the length of a `with` block."""
+    if not isinstance(target, Model):
+        raise UserError(f"methods attach to a ditloom model; got a {type(target).__name__}")
+    target.handlers(methods, target.latent_shape())
+    before = list(target.attached)
+    target.attached.extend(methods)
+    try:
+        yield target
+    finally:
+        target.attached[:] = before
+
+
+def _locate(name: str) -> Path:
+    bundled = BUNDLED / name
+    if "/" not in name and (bundled / "config.json").is_file():
+        return Path(str(bundled))
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists():
+        raise UserError(f"{name} is not a model folder: it holds no config.json")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _from_hub(name)
+    raise UnknownName("model", name, names())
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["config.json", "model.safetensors", "recipe.json"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise UserError(f"cannot get the model {name!r} from the hub: {type(error).__name__}") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/config.json cannot be read: {error}") from error
+    missing = {"backbone", "process", "latents", "conditioner"} - config.keys()
+    if missing:
+        raise UserError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")
+    return config
+
+
+def _load_weights(model: Model, folder: Path) -> None:
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}/model.safetensors cannot be read: {error}") from error
+    for name, part in model._parts().items():
+        own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        check_state(part.state_dict(), own, f"{folder.name}: {name}")
+        part.load_state_dict({k: v.to(part.state_dict()[k].dtype) for k, v in own.items()}, strict=True)
+
+
+def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """One sentence naming missing, unknown and mis-shaped tensors, if there are any."""
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    shapes = [k for k in expected.keys() & given.keys() if expected[k].shape != given[k].shape]
+    wrong = [f"{k} is {list(given[k].shape)}, expected {list(expected[k].shape)}" for k in sorted(shapes)]
+    labelled = (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
+    parts = [f"{label}: {', '.join(items[:4])}{' ...' if len(items) > 4 else ''}" for label, items in labelled if items]
+    if parts:
+        raise UserError(f"{what} does not fit its configuration ({'; '.join(parts)})")
