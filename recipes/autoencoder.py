@@ -2,7 +2,7 @@
 
     python recipes/autoencoder.py --out runs/autoencoder
 
-Loss = L1 + 2 L2 + 0.5 perceptual (every second batch) + 3e-4 KL, with Rombach et al. (2021) as the model; a quarter of the
+Loss = L1 + 2 L2 + 0.03 perceptual (every second batch) + 0.001 KL, with Rombach et al. (2021) as the model; a quarter of the
 batches decode half-size latents towards half-size pictures (EQ-VAE, Kouzelis et al. 2025, equation 6), which keeps latents
 smooth and so easier to diffuse. Everything follows from the seed and the step, so a killed run resumes to the same weights.
 """
@@ -45,13 +45,15 @@ class Recipe:
     images: int = 120_000
     """how many pictures to see"""
     batch: int = 16
-    learning_rate: float = 1e-3
-    warmup_images: int = 3_200
+    start: Path | None = None
+    """weights to begin from (a file of `Autoencoder.save`); None begins fresh"""
+    learning_rate: float = 2e-3
+    warmup_images: int = 1_600
     ema: float = 0.998
     squared: float = 2.0
-    perceptual: float = 0.5
+    perceptual: float = 0.03
     perceptual_every: int = 2
-    kl: float = 3e-4
+    kl: float = 1e-3
     half_size_share: float = 0.25
     seed: int = 0
     evaluate_every: int = 8_000
@@ -113,7 +115,7 @@ def augment(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     images = _shifted_to(images, size, generator)
     gain = 1 + 0.5 * (draw(count, 3, 1, 1) - 0.5)
     coloured = torch.where(draw(count, 1, 1, 1) < 0.5, images.flip(1), images) * gain + 0.4 * (draw(count, 3, 1, 1) - 0.5)
-    return torch.where(draw(count, 1, 1, 1) < 0.4, coloured.clamp(-1, 1), images)
+    return torch.where(draw(count, 1, 1, 1) < 0.25, coloured.clamp(-1, 1), images)
 
 
 def resized(images: Tensor, size: int) -> Tensor:
@@ -154,9 +156,8 @@ def total(terms: dict[str, Tensor], recipe: Recipe) -> Tensor:
 
 
 def learning_rate(recipe: Recipe, seen: int) -> float:
-    """Linear warm-up, then a half cosine to zero, by images seen."""
-    share = min(seen / recipe.images, 1.0)
-    return recipe.learning_rate * min(1.0, (seen + recipe.batch) / recipe.warmup_images) * 0.5 * (1 + np.cos(np.pi * share))
+    """Linear warm-up, then a straight line to zero, by images seen."""
+    return recipe.learning_rate * min((seen + recipe.batch) / recipe.warmup_images, 1 - seen / recipe.images)
 
 
 @torch.no_grad()
@@ -177,7 +178,8 @@ class Trainer:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         torch.manual_seed(recipe.seed)
-        self.model, self.average, self.step = recipe.model.build(), recipe.model.build(), 0
+        self.model = Autoencoder(recipe.start) if recipe.start else recipe.model.build()
+        self.average, self.step = self.model.settings.build(), 0
         self.average.load_state_dict(self.model.state_dict())
         self.average.requires_grad_(False)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]

@@ -283,7 +283,8 @@ def assemble(config: Mapping[str, Any]) -> Model:
     latents = _build(LATENTS, config["latents"])
     conditioner = _build(CONDITIONERS, config["conditioner"])
     process = registered(PROCESSES, config["process"])
-    return Model(backbone, process, latents, conditioner, dict(config.get("sampling", {})), dict(config.get("info", {})))
+    sampling, info = dict(config.get("sampling", {})), dict(config.get("info", {}))
+    return Model(backbone, process, latents, conditioner, sampling, info)
 
 
 def _build(registry: Any, config: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from ditloom.contracts.method import Handler, Tap, mean_change
 from ditloom.contracts.plan import Action, BlockPlan, Edit
 from ditloom.contracts.streams import Context, Streams
 from ditloom.sites.compiling import compile_blocks
-from ditloom.sites.rules import Isolate, Padding, Rule, Term, rule
+from ditloom.sites.rules import Isolate, Padding, Rule, Term, rule, settle
 from ditloom.sites.run import Run
 from tests.sites import toys
 from tests.sites.walkthroughs import (
@@ -228,7 +229,7 @@ def test_static_segment(name: str, mode: str) -> None:
         for s in range(STEPS):
             time = torch.full((4,), plan.native[s], dtype=torch.float64)
             streams, context = model.embed(torch.cat([x, x]), time, memory, (segment,))
-            isolated = Context(**{**vars(context), "rule": rule(Isolate(("condition",)))})
+            isolated = ruled(context, streams, rule(Isolate(("condition",))), {})
             out = model.head(loop(model, streams, isolated), isolated)
             x = x - 0.2 * (out[:2] + out[2:])
     torch.testing.assert_close(got, x, atol=1e-5, rtol=1e-5)
@@ -251,7 +252,7 @@ def test_two_attentions_mixed_by_region(name: str, mode: str) -> None:
         def call(i: int, block: Any, streams: Streams, context: Context, given: Any) -> Any:
             seen = {"seen": ~hidden.expand(4, -1)}
             masked_rule = Rule((Term((Padding("text" if name == "mmdit" else "image", "seen"),)),))
-            masked = Context(**{**vars(context), "rule": masked_rule, "gates": seen})
+            masked = ruled(context, streams, masked_rule, seen)
             heads = [block(streams, c, BlockPlan(keep=keep(streams)), given)[1] for c in (masked, context)]
             mixed = {k: mix_heads(k, heads[0][k], heads[1][k], gate, streams) for k in heads[0]}
             edits = tuple(Edit("attn_heads", "replace", k, stream=k.split("@")[1]) for k in mixed)
@@ -261,6 +262,11 @@ def test_two_attentions_mixed_by_region(name: str, mode: str) -> None:
 
     torch.testing.assert_close(got, by_hand(model, step), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(got, by_run(model, [])[0], atol=1e-4)
+
+
+def ruled(context: Context, streams: Streams, given: Rule, gates: dict[str, Tensor]) -> Context:
+    settled, tensors = settle(given, streams.layout, gates)
+    return replace(context, rule=settled, gates=dict(tensors))
 
 
 def keep(streams: Streams) -> tuple[str, ...]:

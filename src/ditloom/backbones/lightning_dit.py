@@ -51,8 +51,13 @@ class LightningDiTConfig(DiTConfig):
 
     @property
     def norm(self) -> str:
-        """The name of the norm."""
+        """The norm of blocks and head, by name."""
         return "rms" if self.rms_norm else "layer"
+
+    @property
+    def head_norm(self) -> str | None:
+        """The norm of queries and keys, by name."""
+        return ("rms" if self.rms_norm else "layer-affine") if self.qk_norm else None
 
     def build(self) -> LightningDiT:
         return LightningDiT(self)
@@ -88,7 +93,7 @@ class LightningDiT(DiT):
         return DiTBlock(
             c.width,
             c.heads,
-            qk_norm=c.norm if c.qk_norm else None,
+            qk_norm=c.head_norm,
             norms=(norm(c.norm, c.width), norm(c.norm, c.width)),
             mlp=SwiGLU(c.width, int(2 / 3 * hidden)) if c.swiglu else MLP(c.width, hidden),
             modulation=AdaLN(c.width, 6) if c.shift else ShiftlessAdaLN(c.width),

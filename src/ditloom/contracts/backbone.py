@@ -184,4 +184,4 @@ def check_size(x: Tensor, channels: int, patch: int, family: str) -> None:
     height, width = x.shape[2:]
     if height % patch or width % patch:
         fits = f"{height // patch * patch or patch}x{width // patch * patch or patch}"
-        raise UserError(f"{family} with patch {patch} takes sizes that are multiples of {patch}; got {height}x{width}, try {fits}")
+        raise UserError(f"{family} takes sizes that are multiples of its patch, {patch}; got {height}x{width}, try {fits}")

@@ -32,5 +32,5 @@ class LatentSpace(nn.Module):
 
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height % self.factor or width % self.factor:
-            raise UserError(f"image size {height}x{width} is not a multiple of {self.factor}, the latent space's factor")
+            raise UserError(f"the size {height}x{width} is not a multiple of the latent space's factor {self.factor}")
         return self.channels, height // self.factor, width // self.factor

@@ -177,7 +177,8 @@ class Assets:
         for name, value in now.items():
             if name in self.made_for and self.made_for[name] != value:
                 raise UserError(
-                    f"the assets of {method} were made for {name} {self.made_for[name]!r} and this run has {value!r}; calibrate again"
+                    f"the assets of {method} were made for {name} {self.made_for[name]!r}, this run has {value!r}: "
+                    "calibrate again"
                 )
 
 

@@ -71,8 +71,9 @@ def extract(extractor: Extractor, images: NDArray[np.uint8]) -> Tensor:
     """Features [N, dimension] of pictures [N, H, W, C], `CHUNK` at a time in order."""
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8:
         raise UserError(f"expected uint8 pictures [N, H, W, 1 or 3], got {images.dtype} {list(images.shape)}")
-    chunks = torch.from_numpy(images).permute(0, 3, 1, 2).split(CHUNK)
-    found = [extractor(chunk.contiguous()).float() for chunk in chunks if len(chunk)]
+    starts = range(0, len(images), CHUNK)
+    chunks = (torch.from_numpy(images[start : start + CHUNK].transpose(0, 3, 1, 2).copy()) for start in starts)
+    found = [extractor(chunk).float() for chunk in chunks]
     return torch.cat(found) if found else torch.empty(0, extractor.dimension)
 
 

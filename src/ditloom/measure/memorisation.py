@@ -22,12 +22,13 @@ def nearest_training(queries: Tensor, training: Tensor) -> tuple[Tensor, Tensor]
     """Euclidean distance to the nearest training vector and its row, both [N], from [N, d] and [M, d]."""
     if not len(training):
         raise UserError("there are no training pictures to measure the distance to")
-    squares = training.double().square().sum(1)
+    training = training.double()
+    squares = training.square().sum(1)
     distances, rows = [], []
     for part in queries.double().split(CHUNK):
         # only the row is read off the expanded form, whose rounding would hide the zero of an exact copy
-        row = (squares - 2 * part @ training.double().T).argmin(1)
-        distances.append((part - training[row].double()).norm(dim=1))
+        row = (squares - 2 * part @ training.T).argmin(1)
+        distances.append((part - training[row]).norm(dim=1))
         rows.append(row)
     return torch.cat(distances), torch.cat(rows)
 

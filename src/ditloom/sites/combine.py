@@ -57,8 +57,8 @@ def _check_plans(first: str, second: str, a: Steps, b: Steps) -> None:
                     continue
                 if rivals(site, other):
                     raise UserError(
-                        f"{first} and {second} cannot run together: both control {_shared(site, other)} at step {step}; "
-                        "give them windows that do not overlap"
+                        f"{first} and {second} cannot run together: both control {_shared(site, other)} "
+                        f"at step {step}; give them windows that do not overlap"
                     )
 
 

@@ -10,7 +10,7 @@ from ditloom.contracts.backbone import Backbone
 
 
 def compile_blocks(backbone: Backbone, plans: int = 1, **options: Any) -> int:
-    """Compile every block; graphs = block kinds x distinct block plans x shapes. Returns the graphs to expect per shape.
+    """Compile every block; graphs = block kinds x block plans x shapes. Returns how many to expect per shape.
 
     `plans`: distinct block plans a run announces (`Program.static_plans`). The recompile limit is raised to hold them.
     """

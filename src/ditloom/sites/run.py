@@ -168,7 +168,13 @@ class Run:
         return predictions
 
     def _forward(
-        self, x: Tensor, clock: Clock, names: tuple[str, ...], program: StepProgram, reuse: bool, until: int | None = None
+        self,
+        x: Tensor,
+        clock: Clock,
+        names: tuple[str, ...],
+        program: StepProgram,
+        reuse: bool,
+        until: int | None = None,
     ) -> Tensor | None:
         rows = Rows(names, len(x))
         time = torch.full((rows.total,), clock.native, dtype=torch.float64, device=x.device)

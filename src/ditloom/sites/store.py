@@ -100,6 +100,8 @@ class _Identical(list[Entry]):
     """A history that equals another only if it holds the very same entries."""
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, list) and len(self) == len(other) and all(a is b for a, b in zip(self, other, strict=True))
+        if not isinstance(other, list) or len(self) != len(other):
+            return False
+        return all(a is b for a, b in zip(self, other, strict=True))
 
     __hash__ = None  # type: ignore[assignment]

@@ -88,10 +88,10 @@ class Surface:
         first, last = self.position(i), self.position(j)
         for consumer, source in self.backbone.skips.items():
             if (first <= source < last) != (first <= consumer < last):
+                k = min(i, self.blocks - j) or 1
                 raise UserError(
                     f"range({i},{j}) cannot be reused: the long skip from block {self._name(source)} to block "
-                    f"{self._name(consumer)} crosses its border; a symmetric range such as range({min(i, self.blocks - j) or 1},"
-                    f"{self.blocks - (min(i, self.blocks - j) or 1)}) is self-contained"
+                    f"{self._name(consumer)} crosses its border; range({k},{self.blocks - k}) is self-contained"
                 )
         cost = sum(sum(c.values()) for c in self.costs[first:last])
         return block_range(i, j, cost, self.layout.streams)

@@ -64,7 +64,7 @@ class TrainConfig:
 
     def _check_names(self) -> None:
         """Build everything that has a name once, so that a mistake is known before the first image."""
-        from ditloom.processes.times import time_sampler
+        from ditloom.processes.times import TIMES, time_sampler
         from ditloom.training.ema import PROFILES
         from ditloom.training.optim import OPTIMISERS
         from ditloom.training.parallel import PARALLEL
@@ -76,7 +76,7 @@ class TrainConfig:
         for spec in self.averages:
             named("average", PROFILES, spec)
         if self.times is not None:
-            time_sampler(self.times, self.shift, self.stratified)
+            time_sampler(named("time distribution", TIMES, self.times), self.shift, self.stratified)
         precision_of(self.precision)
         if self.parallel not in (*PARALLEL, "auto"):
             raise UnknownName("parallel mode", self.parallel, (*PARALLEL, "auto"))

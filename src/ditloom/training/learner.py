@@ -141,10 +141,10 @@ class Learner:
     def _live(self) -> Groups:
         """Every tensor that makes up this learner, by group, as it is held here (whole or in shards)."""
         groups: Groups = {}
-        for role, network in self.step.roles.items():
+        for role, network in self.step.networks.items():
             name = "model" if role == STUDENT else f"role-{role}"
             groups[name] = {**self._role(role), **persistent_buffers(network)}
-        heads = {n: p for n, p in self.masters.named.items() if n.startswith("objectives.")}
+        heads: dict[str, Tensor] = {n: p for n, p in self.masters.named.items() if n.startswith("objectives.")}
         heads |= {f"objectives.{n}": b for n, b in persistent_buffers(self.step.objectives).items()}
         if heads:
             groups["heads"] = heads
@@ -174,9 +174,8 @@ class Learner:
         self.masters.publish()
 
     def is_sane(self) -> bool:
-        """Whether the summed loss is a number; agreed on by all processes."""
-        bad = any(not bool(torch.isfinite(total)) for total in self.tally.sums.values())
-        return not self.world.any(bad)
+        """Whether everything logged here since the last reading is a number."""
+        return all(bool(torch.isfinite(total)) for total in self.tally.sums.values())
 
     @property
     def rate(self) -> float:
@@ -193,8 +192,7 @@ class Learner:
     @torch.no_grad()
     def averaged(self, name: str | None) -> Iterator[Backbone]:
         """The student in evaluation mode with the weights of an average (None: its own), put back afterwards."""
-        network = self.step.roles[STUDENT]
-        assert isinstance(network, Backbone)
+        network = self.step.networks[STUDENT]
         parameters = dict(network.named_parameters())
         averages = self.tracks[name].averages if name is not None else {}
         before = {key: local(parameters[key]).clone() for key in averages}
@@ -202,7 +200,7 @@ class Learner:
             local(parameters[key]).copy_(local(value))
         network.eval()
         try:
-            with self.parallel.callable_anywhere():
+            with self.parallel.callable_anywhere(), torch.compiler.set_stance("force_eager"):
                 yield network
         finally:
             network.train()

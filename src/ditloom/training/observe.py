@@ -60,4 +60,5 @@ class Observer:
         if tap.op != "capture":
             raise UserError(f"an objective may capture, not {tap.op}: {tap.stage} of block {tap.block}")
         if tap.block is None or not 0 <= tap.block < blocks:
-            raise UserError(f"an objective wants {tap.stage} of block {tap.block}; this model has blocks 0 to {blocks - 1}")
+            have = f"this model has blocks 0 to {blocks - 1}"
+            raise UserError(f"an objective wants {tap.stage} of block {tap.block}; {have}")

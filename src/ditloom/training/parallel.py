@@ -64,8 +64,8 @@ class Sharded(Alone):
         _refuse_scalars(step)
         mesh = init_device_mesh(world.device.type, (world.size,))
         policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
-        for role in step.roles.values():
-            for block in role.blocks:
+        for network in step.networks.values():
+            for block in network.blocks:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
         self.sharded = fully_shard(step, mesh=mesh, mp_policy=policy)
         self.masters = MasterWeights(step, torch.float32)

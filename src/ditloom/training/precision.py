@@ -68,11 +68,12 @@ class MasterWeights:
         """Add the copies' gradients to the masters', in fp32; call after every backward pass."""
         for first in (True, False):
             pairs = [(m, c) for m, c in self._pairs if c.grad is not None and (m.grad is None) is first]
-            found = [copy.grad for _, copy in pairs]
+            found = [copy.grad for _, copy in pairs if copy.grad is not None]
             if first:
                 self._start([master for master, _ in pairs], found)
             elif pairs:
-                torch._foreach_add_([master.grad for master, _ in pairs], [grad.float() for grad in found])
+                totals = [master.grad for master, _ in pairs if master.grad is not None]
+                torch._foreach_add_(totals, [gradient.float() for gradient in found])
             for _, copy in pairs:
                 copy.grad = None
 

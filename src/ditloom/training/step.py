@@ -59,6 +59,7 @@ class TrainStep(nn.Module):
     def __init__(self, roles: Mapping[str, Backbone], process: Process, phases: Sequence[Phase]):
         super().__init__()
         self.roles = nn.ModuleDict(roles)
+        self.networks = dict(roles)
         self.observers = {name: Observer(network) for name, network in roles.items()}
         self.process = process
         self.phases = {phase.name: phase for phase in phases}

@@ -102,8 +102,7 @@ class Trainer:
         for images in self.steps():
             now = time.monotonic()
             self.seconds, mark = self.seconds + now - mark, now
-            stop = self.world.any(self.stop.requested)
-            self._watch()
+            stop = self._agreed_to_stop()
             if self._crossed(self.config.log_every, before, images):
                 self._log(images)
             self._keep(before, images, stop)
@@ -128,10 +127,13 @@ class Trainer:
         """Whether a multiple of `every`, or the end, lies in (before, after]."""
         return every is not None and (after // every > before // every or after == self.config.total)
 
-    def _watch(self) -> None:
-        """On the CPU the loss is looked at after every batch; elsewhere when it is logged, for speed."""
-        if self.world.device.type == "cpu" and not self.learner.is_sane():
+    def _agreed_to_stop(self) -> bool:
+        """Whether any process was asked to stop. On the CPU the loss is looked at, too; elsewhere when it is logged."""
+        bad = self.world.device.type == "cpu" and not self.learner.is_sane()
+        stops, faults = self.world.sum(torch.tensor([self.stop.requested, bad], dtype=torch.int32)).tolist()
+        if faults:
             raise self._diverged()
+        return bool(stops)
 
     def _diverged(self) -> Diverged:
         found = checkpoint.latest(self.run).path if self.world.leader else None
@@ -155,7 +157,8 @@ class Trainer:
             raise self._diverged()
         tensors, failure = self.learner.tensors(), None
         if self.world.leader:
-            marked = self.config.mark_every is not None and images % self.config.mark_every == 0
+            mark = self.config.mark_every
+            marked = mark is not None and images // mark > max(self.saved_at, 0) // mark
             try:
                 checkpoint.save(
                     self.run, images, tensors, self._state(images), keep=self.config.keep, marked=marked
@@ -194,8 +197,8 @@ class Trainer:
         before, now = saved.state["fingerprint"], self.feed.fingerprint()
         if before != now:
             raise UserError(
-                f"the data set has changed since {self.run} began (its fingerprint was {before[:12]} and is {now[:12]}): "
-                "restore the data, or start a new run"
+                f"the data set has changed since {self.run} began (its fingerprint was {before[:12]} and is now "
+                f"{now[:12]}): restore the data, or start a new run"
             )
 
     def _report_resume(self, resumed: int | None) -> None:
