@@ -17,7 +17,7 @@ test-all: $(VENV)/.dev lint
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n 2 -m ""
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests recipes benchmarks
+	$(BIN)/ruff check src tests recipes benchmarks docs
 	$(BIN)/ruff format --check --diff src tests recipes benchmarks >/dev/null || (echo "run: ruff format src tests recipes benchmarks"; exit 1)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
@@ -26,10 +26,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
 
 docs: $(VENV)/.dev
-	$(BIN)/python -m docs.generate
+	$(BIN)/python docs/generate.py
 
 docs-check: $(VENV)/.dev
-	$(BIN)/python -m docs.generate --check
+	$(BIN)/python docs/generate.py --check
 
 setup: $(VENV)/.demo
 setup-dev: $(VENV)/.dev

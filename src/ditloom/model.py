@@ -25,7 +25,7 @@ from ditloom.contracts.process import Process
 from ditloom.contracts.registries import BACKBONES, CONDITIONERS, GUIDANCE, LATENTS, METHODS, PROCESSES, SAMPLERS
 from ditloom.contracts.sampler import Step
 from ditloom.contracts.settings import registered
-from ditloom.samplers.trajectory import Trajectory
+from ditloom.samplers.drawing import Drawing
 from ditloom.sites.report import Report
 from ditloom.sites.surface import Surface
 
@@ -53,13 +53,13 @@ class Batch:
     """One batch on its way: its images' indices and inputs; iterate `steps` to draw it, then `decoded`."""
 
     indices: list[int]
-    trajectory: Trajectory
+    drawing: Drawing
     shape: tuple[int, ...]
     steps_total: int
 
     def steps(self) -> Iterator[Step]:
         """The steps of this batch."""
-        return self.trajectory.walk(self.shape, self.steps_total)
+        return self.drawing.walk(self.shape, self.steps_total)
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Model:
         for start in range(0, len(listed), batch_size):
             part = slice(start, start + batch_size)
             batch = self.batch(listed[part], numbers[part], settings, negative, using, batched)
-            batch.trajectory.report = report
+            batch.drawing.report = report
             for step in batch.steps():
                 if on_step is not None:
                     on_step(batch, step)
@@ -141,7 +141,7 @@ class Model:
         sampler = registered(SAMPLERS, settings["sampler"])
         shape = self.latent_shape(settings.get("size"))
         conditions = self._conditions(inputs, negative, guidance.needs)
-        trajectory = Trajectory(
+        drawing = Drawing(
             self.backbone,
             self.process,
             sampler,
@@ -152,7 +152,7 @@ class Model:
             indices=list(indices),
             batched=batched,
         )
-        return Batch(list(indices), trajectory, shape, int(settings["steps"]))
+        return Batch(list(indices), drawing, shape, int(settings["steps"]))
 
     def latent_shape(self, size: int | tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(C, h, w) of the latents of an image size (the native one by default)."""

@@ -18,7 +18,7 @@ from ditloom.processes.linear import Linear
 from ditloom.processes.posterior import decoder_nll, normal_kl
 from ditloom.processes.targets import TARGETS
 from ditloom.processes.vp import VP
-from ditloom.processes.weights import WEIGHTS, P2, MinSNR
+from ditloom.processes.weights import P2, WEIGHTS, MinSNR
 from tests.processes.waves import wave
 
 SHAPE = (3, 2, 2, 2)
@@ -190,7 +190,7 @@ def test_the_raw_output_of_edm_has_weight_one_in_its_loss():
 
 
 def test_only_density_times_weight_matters():
-    """Uniform t with weight w(t) = 2 (1 - t), and t from the density 2 (1 - t) with weight 1, have one expected loss."""
+    """Uniform t weighted by 2 (1 - t), and t from the density 2 (1 - t) unweighted, have the same expected loss."""
     u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     dense = 1 - torch.sqrt(1 - u)
     x0, noise, out = (wave((4000, 1, 1, 1), 0.0, 1.0 + k) for k in range(3))

@@ -24,7 +24,9 @@ class Mixture:
 
     def _parts(self, t: float) -> tuple[Tensor, Tensor, Tensor]:
         c = self.path.at(t)
-        weights, means, stds = (torch.tensor(v, dtype=torch.float64) for v in (self.weights, self.means, self.deviations))
+        weights, means, stds = (
+            torch.tensor(v, dtype=torch.float64) for v in (self.weights, self.means, self.deviations)
+        )
         return weights, c.alpha * means, torch.sqrt(c.alpha**2 * stds**2 + c.sigma**2)
 
     def score(self, x: Tensor, t: float) -> Tensor:

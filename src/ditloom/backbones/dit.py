@@ -23,7 +23,7 @@ from ditloom.parts.feed_forward import MLP, SwiGLU
 from ditloom.parts.heads import Head
 from ditloom.parts.modulation import AdaLN
 from ditloom.parts.norms import LayerNorm, modulate
-from ditloom.parts.patches import PatchEmbed, unpatchify, xavier_as_linear_, xavier_linears_, zero_
+from ditloom.parts.patches import PatchEmbed, normal_linears_, unpatchify, xavier_linears_, xavier_patches_, zero_
 from ditloom.parts.segments import Joined, check_streams, join, main_modulation, modulation
 from ditloom.sites.visit import take_rows, visit
 
@@ -171,13 +171,11 @@ class DiT(Backbone):
     def initialise(self) -> None:
         """As published: xavier, N(0, 0.02) embeddings, zero modulation and output, so that the network starts at 0."""
         xavier_linears_(self)
-        xavier_as_linear_(self.x_embedder.proj.weight)
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(linear.weight, std=0.02)
+        xavier_patches_(self.x_embedder)
+        normal_linears_(self.t_embedder)
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        zero_(*(block.modulation for block in self.blocks), self.final_layer.modulation, self.final_layer.linear)
+        zero_(*(m for m in self.modules() if isinstance(m, AdaLN)), self.final_layer.linear)
 
     def prepare(self, condition: Condition) -> Memory:
         if self.y_embedder is None:
@@ -216,4 +214,3 @@ class DiT(Backbone):
         image = layout.span("image").length
         embed = self.x_embedder.macs(image) + cost.linears(self.t_embedder, 1)
         return {"embed": embed, "head": self.final_layer.macs(image)}
-

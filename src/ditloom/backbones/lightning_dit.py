@@ -28,9 +28,9 @@ from ditloom.parts.segments import Joined
 class LightningDiTConfig(DiTConfig):
     """Settings of a LightningDiT; the defaults are the released models'. With every flag off it is a DiT.
 
-    rms_norm: RMSNorm with weights for the blocks' and the head's LayerNorms (and for the QK norm). swiglu: feed-forward
-    of hidden width int(2/3 * mlp_ratio * width). rope: rotary positions, rows then columns, beside the sine-cosine
-    table, which stays. qk_norm: a norm of queries and keys per head. shift: False leaves scales and gates only (adaLN4).
+    rms_norm: RMSNorm with weights in place of LayerNorm (in the QK norm too). swiglu: feed-forward of hidden width
+    int(2/3 * mlp_ratio * width). rope: rotary positions, rows then columns, beside the sine-cosine table, which stays.
+    qk_norm: a norm of queries and keys per head. shift: False leaves scales and gates only (adaLN4).
     """
 
     family: ClassVar[str] = "lightning-dit"

@@ -29,7 +29,7 @@ from ditloom.parts.heads import Head
 from ditloom.parts.joint import joint_attention, joint_macs
 from ditloom.parts.modulation import AdaLN
 from ditloom.parts.norms import LayerNorm, modulate
-from ditloom.parts.patches import PatchEmbed, unpatchify, xavier_as_linear_, xavier_linears_, zero_
+from ditloom.parts.patches import PatchEmbed, normal_linears_, unpatchify, xavier_linears_, xavier_patches_, zero_
 from ditloom.parts.segments import check_streams, join, main_modulation, modulation, span_of
 from ditloom.parts.tables import CroppedTable
 from ditloom.sites.rules import with_padding
@@ -105,6 +105,7 @@ class MMDiTBlock(Block):
     row_sites = ("mlp",)
     image_chunks: ClassVar[int] = 6
     returned: ClassVar[tuple[str, ...]] = ("image", "text")
+    text: Any  # a Side; a KeySide in the last block
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, qk_norm: str | None = None):
         super().__init__()
@@ -168,9 +169,10 @@ class MMDiTBlock(Block):
 
 
 class DualMMDiTBlock(MMDiTBlock):
-    """With a second attention among the image tokens, fed by the same norm with its own shift, scale and gate (SD3.5-M).
+    """With a second attention among the image tokens (SD3.5-medium).
 
-    Stages (q_proj, ...) and appended keys belong to the joint attention; the second one is the site "attn2".
+    It is fed by the same norm with a shift, scale and gate of its own. Stages (q_proj, ...) and appended keys belong to
+    the joint attention; the second one is the site "attn2".
     """
 
     sites = ("attn", "attn2", "mlp", "mlp_text")
@@ -185,8 +187,11 @@ class DualMMDiTBlock(MMDiTBlock):
     ) -> Tensor:
         h = modulate(self.image.norm1(entered), m[6], m[7])
         alone = image_only(layout)
-        out = at.around("attn2", lambda h: joint_attention({"image": self.attn2}, {"image": h}, alone, context)["image"], h)
-        return torch.addcmul(x, m[8], out)
+
+        def attend(h: Tensor) -> Tensor:
+            return joint_attention({"image": self.attn2}, {"image": h}, alone, context)["image"]
+
+        return torch.addcmul(x, m[8], at.around("attn2", attend, h))
 
     def macs(self, layout: Layout) -> dict[str, int]:
         return {**super().macs(layout), "attn2": joint_macs({"image": self.attn2}, image_only(layout))}
@@ -245,14 +250,12 @@ class MMDiT(Backbone):
         return DualMMDiTBlock if index in self.preset.dual else MMDiTBlock
 
     def initialise(self) -> None:
-        """adaLN-Zero as in DiT: the releases carry no initialiser. The network starts at 0, its blocks as identities."""
+        """adaLN-Zero as in DiT, for the releases carry no initialiser: output 0, every block the identity."""
         xavier_linears_(self)
-        xavier_as_linear_(self.x_embedder.proj.weight)
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for embedder in (self.t_embedder, self.pooled_embedder):
-            for m in embedder.modules() if embedder is not None else ():
-                if isinstance(m, nn.Linear):
-                    nn.init.normal_(m.weight, std=0.02)
+        xavier_patches_(self.x_embedder)
+        normal_linears_(self.t_embedder)
+        if self.pooled_embedder is not None:
+            normal_linears_(self.pooled_embedder)
         zero_(*(m for m in self.modules() if isinstance(m, AdaLN)), self.final_layer.linear)
 
     def prepare(self, condition: Condition) -> Memory:
@@ -309,7 +312,9 @@ def _text_stream(memory: Memory, segments: Sequence[Segment], dtype: torch.dtype
     tokens, spans = [memory.text], [Span("text", memory.text.shape[1], "text")]
     for segment in (s for s in segments if s.weights == "text"):
         if segment.tokens.ndim != 3:
-            raise UserError(f"segment {segment.name!r} of the text stream is given as embedded tokens [batch, n, width]")
+            raise UserError(
+                f"the text stream takes embedded tokens [batch, n, width]; segment {segment.name!r} has none"
+            )
         tokens.append(segment.tokens.to(dtype))
         spans.append(span_of(segment, segment.tokens.shape[1]))
     return (tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)), spans

@@ -39,9 +39,7 @@ class SiT(DiT):
     x [B, C, H, W], prediction [B, C, H, W].
     """
 
-    missing: ClassVar[Mapping[str, str]] = {
-        kind: reason.replace("DiT", "SiT") for kind, reason in DiT.missing.items()
-    }
+    missing: ClassVar[Mapping[str, str]] = {kind: reason.replace("DiT", "SiT") for kind, reason in DiT.missing.items()}
 
     def head(self, streams: Streams, context: Context) -> Tensor:
         return super().head(streams, context)[:, : self.preset.channels]

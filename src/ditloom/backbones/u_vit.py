@@ -1,8 +1,8 @@
 """U-ViT: All are Worth Words, a ViT Backbone for Diffusion Models (Bao et al., CVPR 2023, arXiv 2209.12152).
 
-Time, label or text, and image patches are tokens of one sequence; long skips join the first half to the second. Scaled
-up for text to image in Efficient Scaling of Diffusion Transformers (Li et al., arXiv 2412.12391), whose exact shapes are
-not published: the presets of that size are assumed.
+Time, label or text, and image patches are tokens of one sequence; long skips join the first half to the second.
+Scaled up for text to image in Efficient Scaling of Diffusion Transformers (Li et al., arXiv 2412.12391), whose exact
+shapes are not published: the presets of that size are assumed.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class UViT(Backbone):
         self.initialise()
 
     def initialise(self) -> None:
-        """As published: linears and positions truncated normal 0.02, biases zero. The output is not zero at the start."""
+        """As published: linears and positions truncated normal 0.02, biases zero. The output does not start at 0."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for m in self.modules():
             if isinstance(m, nn.Linear):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class Borrowed(nn.Module):
     """Holds a frozen network that is loaded on first use and moves with its owner.
 
-    It contributes no parameter and no state-dict entry: optimisers, checkpoints and sharding do not see it, and the model
-    folder keeps the name it was loaded by. `load` returns the network.
+    It contributes no parameter and no state-dict entry: optimisers, checkpoints and sharding do not see it, and the
+    model folder keeps the name it was loaded by. `load` returns the network.
     """
 
     place: Tensor

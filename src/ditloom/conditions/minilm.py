@@ -124,12 +124,16 @@ class MiniLM(TextConditioner):
 
     def tokenize(self, prompts: Sequence[str]) -> Tokens:
         encoded = self.tokenizer.encode_batch([*prompts])
-        kept = [row.ids if len(row.ids) <= self.max_tokens else row.ids[: self.max_tokens - 1] + row.ids[-1:] for row in encoded]
+        kept = [self._cut(row.ids) for row in encoded]
         longest = max(map(len, kept), default=0)
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in kept], dtype=torch.long).view(-1, longest)
         lengths = torch.tensor([len(row) for row in kept])
         dropped = tuple(len(row.ids) - len(short) for row, short in zip(encoded, kept, strict=True))
         return Tokens(ids, torch.arange(longest) < lengths[:, None], dropped)
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        """At most `max_tokens`, the last of them still the end token."""
+        return ids if len(ids) <= self.max_tokens else ids[: self.max_tokens - 1] + ids[-1:]
 
     def states(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         states = self.encoder.network(tokens.ids, tokens.mask)

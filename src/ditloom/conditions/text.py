@@ -29,8 +29,8 @@ class TextConditioner(Conditioner):
     """Prompts to token states [B, n, width], their mask and a pooled vector [B, d].
 
     None and the empty string are the same unconditional row: the encoder's own embedding of the empty prompt. A prompt
-    longer than `max_tokens` (special tokens included) is cut, with one warning per call. The encoder is frozen and never
-    saved with a model.
+    longer than `max_tokens` (special tokens included) is cut, with one warning per call. The encoder is frozen and
+    never saved with a model.
     """
 
     width: int

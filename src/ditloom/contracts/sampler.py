@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
@@ -63,6 +63,10 @@ class Sampler(ABC):
     shift: float = 1.0
     clip: float | None = None
 
+    def config(self) -> dict[str, Any]:
+        """Plain values for records, the registry name under "name"."""
+        return {"name": type(self).__registration__.name, **asdict(self)}
+
     @abstractmethod
     def grid(self, process: Process, steps: int) -> Tensor:
         """Noise levels [steps + 1], float64, descending, ending at 0."""
@@ -115,6 +119,10 @@ class Moment:
 @dataclass(frozen=True, kw_only=True)
 class Guidance(ABC):
     """A rule that makes one estimate of the predictions of named branches ("cond", "uncond", "weak", ...)."""
+
+    def config(self) -> dict[str, Any]:
+        """Plain values for records, the registry name under "name"."""
+        return {"name": type(self).__registration__.name, **asdict(self)}
 
     @property
     @abstractmethod

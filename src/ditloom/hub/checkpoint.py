@@ -34,7 +34,7 @@ def load_foreign(
     given = _foreign(source)
     chosen = _named(format) if format else _recognised(given, config)
     if config is not None and config.family != chosen.family:
-        raise UserError(f"{given.name} holds a model of family {chosen.family!r}; the configuration is {config.family!r}")
+        raise UserError(f"{given.name} is a {chosen.family!r} checkpoint; the configuration is for {config.family!r}")
     config = config or chosen.config(given)
     with torch.device("meta"):
         backbone = config.build()
@@ -46,11 +46,11 @@ def load_foreign(
 
 
 def save_foreign(backbone: Backbone, format: str, path: str | Path) -> Path:
-    """Write the weights in a foreign format: a folder for diffusers, else a .safetensors or torch file by its suffix."""
+    """Write the weights in a foreign format: for diffusers a new folder, else one file, of the kind its suffix says."""
     chosen, path = _named(format), Path(path)
     config = backbone.preset
     if config.family != chosen.family:
-        raise UserError(f"the format {format!r} holds models of family {chosen.family!r}; this one is {config.family!r}")
+        raise UserError(f"the format {format!r} is for the family {chosen.family!r}; this model is {config.family!r}")
     settings = chosen.settings(config)
     tensors = chosen.keymap.out({k: v.detach().cpu() for k, v in backbone.state_dict().items()}, config)
     with explained("write", path):

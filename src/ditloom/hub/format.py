@@ -98,7 +98,7 @@ def refuse_unless(config: Any, format: str, **needed: Any) -> None:
     """`UserError` for a setting that a format cannot express."""
     for name, value in needed.items():
         if getattr(config, name) != value:
-            raise UserError(f"{format} holds only models with {name} = {value!r}; this one has {getattr(config, name)!r}")
+            raise UserError(f"{format} has only {name} = {value!r}; this model has {getattr(config, name)!r}")
 
 
 def known_heads(presets: Mapping[str, Any], depth: int, width: int, family: str) -> int:

@@ -56,8 +56,8 @@ def _weight_files(folder: Path) -> list[Path]:
         if len(found) == 1:
             return found
         if found:
-            names = ", ".join(file.name for file in found)
-            raise UserError(f"{folder} holds several weight files ({names}): give the path of one of them")
+            listed = ", ".join(file.name for file in found)
+            raise UserError(f"{folder} holds several weight files ({listed}): give the path of one of them")
     raise UserError(f"{folder} holds no weights: no .safetensors, {', '.join(PICKLES)} file")
 
 

@@ -1,9 +1,9 @@
 """A small convolutional KL autoencoder: 3 x H x W images to C x H/8 x W/8 latents and back.
 
-Kingma and Welling, "Auto-Encoding Variational Bayes" (2013), equation 10, in the latent-diffusion use of Rombach et al.
-(2021). The trunk is residual 3x3 convolutions without normalisation layers, so that a latent depends on its neighbourhood
-alone and images of any size (a multiple of the factor) decode alike. Space-to-depth does all resampling: full resolution
-costs one convolution.
+Kingma and Welling, "Auto-Encoding Variational Bayes" (2013), equation 10, in the latent-diffusion use of Rombach et
+al. (2021). The trunk is residual 3x3 convolutions without normalisation layers, so that a latent depends on its
+neighbourhood alone and images of any size (a multiple of the factor) decode alike. Space-to-depth does all resampling:
+no convolution runs at full resolution.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class Autoencoder(LatentSpace):
     """Images [B, 3, H, W] in [-1, 1] to normalised latents [B, C, H/f, W/f] and back.
 
     `weights` names a bundled autoencoder (`bundled()`) or a `.safetensors` file written by `save`, whose settings are
-    then used; without it the weights are fresh. `latent_mean` and `latent_std` (per channel, set by training) normalise.
+    then used; without it the weights are fresh. `latent_mean` and `latent_std`, per channel and set by training,
+    normalise.
     """
 
     latent_mean: Tensor
@@ -123,7 +124,7 @@ class Autoencoder(LatentSpace):
         self.register_buffer("latent_mean", torch.zeros(self.channels))
         self.register_buffer("latent_std", torch.ones(self.channels))
         _start_as_identity(self.encoder, self.decoder)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if weights is not None:
             self.load_state_dict(_read_tensors(_locate(weights)))
 
@@ -146,7 +147,7 @@ class Autoencoder(LatentSpace):
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Write weights, statistics and settings as one safetensors file, atomically."""
-        from ditloom.latents.cache import write_tensors
+        from ditloom.conditions.cache import write_tensors
 
         tensors = {k: v.to(dtype).contiguous() for k, v in self.state_dict().items()}
         write_tensors(Path(path), tensors, {"config": json.dumps(self.config())})
@@ -160,7 +161,7 @@ class Autoencoder(LatentSpace):
 
 
 def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_variance)) || N(0, 1)) in nats, averaged over all elements (Kingma and Welling, appendix B)."""
+    """KL(N(mean, exp(log_variance)) || N(0, 1)) in nats, averaged over elements (Kingma and Welling, appendix B)."""
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
 
 

@@ -10,7 +10,7 @@ def linear(module: nn.Module, tokens: int) -> int:
     own = getattr(module, "macs_per_token", None)
     if own is not None:
         return int(own) * tokens
-    return module.in_features * module.out_features * tokens  # type: ignore[union-attr,operator]
+    return int(module.in_features) * int(module.out_features) * tokens  # type: ignore[arg-type]
 
 
 def linears(module: nn.Module, tokens: int) -> int:

@@ -31,7 +31,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         wave = sinusoid(time, self.frequencies, self.max_period, self.shift)
-        return self.mlp(wave.to(self.mlp[0].weight.dtype))
+        return self.mlp(wave.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedding(nn.Module):
@@ -51,7 +51,7 @@ class LabelEmbedding(nn.Module):
         if label is None:
             raise UserError(f"this model is conditional on {self.classes} classes: give Condition(label=...)")
         if label.dtype not in (torch.int64, torch.int32):
-            raise UserError(f"class labels are whole numbers; got a tensor of {str(label.dtype).removeprefix('torch.')}")
+            raise UserError(f"class labels are whole numbers (int64); got a tensor of {label.dtype}")
         if not torch.compiler.is_compiling() and label.device.type == "cpu" and label.numel():
             low, high = int(label.min()), int(label.max())
             if low < 0 or high >= rows:
@@ -68,4 +68,4 @@ class VectorEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, vector: Tensor) -> Tensor:
-        return self.mlp(vector.to(self.mlp[0].weight.dtype))
+        return self.mlp(vector.to(next(self.mlp.parameters()).dtype))

@@ -31,7 +31,7 @@ def patchify(x: Tensor, patch: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (height // patch) * (width // patch), c * patch * patch)
 
 
-def unpatchify(tokens: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
+def unpatchify(tokens: Tensor, patch: int, grid: tuple[int, ...]) -> Tensor:
     """[B, N, p * p * C] to [B, C, H, W]; inside a token the order is (row, column, channel), as in DiT."""
     b, _, features = tokens.shape
     channels = features // patch**2
@@ -39,9 +39,18 @@ def unpatchify(tokens: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, grid[0] * patch, grid[1] * patch)
 
 
-def xavier_as_linear_(weight: Tensor) -> None:
-    """Xavier-uniform over the flattened kernel, as DiT initialises its patch convolution."""
-    nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
+def xavier_patches_(embedder: PatchEmbed) -> None:
+    """Xavier-uniform over the flattened kernel, as DiT initialises its patch convolution, and a zero bias."""
+    nn.init.xavier_uniform_(embedder.proj.weight.view(embedder.proj.out_channels, -1))
+    if embedder.proj.bias is not None:
+        nn.init.zeros_(embedder.proj.bias)
+
+
+def normal_linears_(module: nn.Module, std: float = 0.02) -> None:
+    """Normal weights for every linear layer inside; biases are left as they are."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.normal_(m.weight, std=std)
 
 
 def xavier_linears_(module: nn.Module) -> None:

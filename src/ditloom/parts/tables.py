@@ -16,6 +16,8 @@ class CroppedTable(nn.Module):
     table stands at i * span / size. The table is a buffer, saved with the weights.
     """
 
+    table: Tensor
+
     def __init__(self, size: int, span: int, width: int):
         super().__init__()
         self.size = size

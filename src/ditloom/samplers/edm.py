@@ -38,13 +38,13 @@ class Row(NamedTuple):
 class EDMSampler(Solver):
     """Karras et al. 2022, algorithm 2: churn to a higher noise, Euler, trapezoid (not at the last step).
 
-    churn 0 is deterministic. ImageNet-64: churn 40, s_min 0.05, s_max 50, s_noise 1.003. For paths with alpha
+    churn 0 is deterministic; s_max None is no upper bound. ImageNet-64: churn 40, s_min 0.05, s_max 50, s_noise 1.003. For paths with alpha
     below 1 the same runs on x / alpha (their appendix C). The grid is "karras" unless told otherwise.
     """
 
     churn: float = 0.0
     s_min: float = 0.0
-    s_max: float = math.inf
+    s_max: float | None = None
     s_noise: float = 1.0
 
     def grid(self, process: Process, steps: int) -> Tensor:
@@ -67,7 +67,7 @@ class EDMSampler(Solver):
     def _row(self, path: GaussianPath, t: float, t_next: float, gamma: float) -> Row:
         c, s = path.at(t), path.at(t_next)
         r = c.sigma / c.alpha
-        if not (gamma and self.s_min <= r <= self.s_max):
+        if not (gamma and self.s_min <= r <= (self.s_max or math.inf)):
             return Row(t, t, t_next, c.alpha, c.alpha, s.alpha, r, s.sigma / s.alpha, 0.0)
         r_hat = r * (1 + gamma)
         t_hat = path.level(-torch.tensor(r_hat, dtype=torch.float64).log()).item()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ditloom.contracts import rng
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.conditioner import Conditioner
 from ditloom.contracts.latent import LatentSpace
 from ditloom.data.batches import Batch, Batches, to_signed
+from ditloom.data.order import ImageOrder
+from ditloom.latents.cache import LatentCache
 from ditloom.training.draws import Rows
 
 Input = str | int | None
@@ -28,13 +32,20 @@ class Feed(Protocol):
         """This process's share of each global batch from image `start` to `stop`."""
 
 
+class Encoder(Protocol):
+    """A conditioner, or a cache of one."""
+
+    def encode(self, inputs: Sequence[Any]) -> Condition:
+        """One row per input."""
+
+
 class ConditionTable:
     """Conditions of inputs, each encoded once and kept in memory; texts are padded to one length.
 
     length: tokens of every text, so that all batches have one shape; None keeps the longest of each batch.
     """
 
-    def __init__(self, conditioner: Conditioner, length: int | None = None):
+    def __init__(self, conditioner: Encoder, length: int | None = None):
         self.conditioner = conditioner
         self.length = length or getattr(conditioner, "max_tokens", None)
         self._known: dict[Input, Condition] = {}
@@ -108,3 +119,47 @@ def inputs_of(batch: Batch, told: str | None) -> list[Input]:
     if told == "caption":
         return list(batch["caption"])
     return [label if label >= 0 else None for label in batch["label"].tolist()]
+
+
+class StoredFeed:
+    """Latents made before: no decoding and no encoder while training.
+
+    variants: the latents [N, C, h, w] of every example, once for each variant of it (as it is, mirrored); each image
+    index draws one. conditions: one row for each of some (example, image index) pairs.
+    """
+
+    def __init__(
+        self,
+        variants: Sequence[Tensor | LatentCache],
+        conditions: Callable[[Sequence[int], Sequence[int]], Condition],
+        null: Condition | None,
+        fingerprint: str,
+        *,
+        batch: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.variants, self.conditions, self.null, self._fingerprint = variants, conditions, null, fingerprint
+        self.batch, self.seed, self.rank, self.world_size = batch, seed, rank, world_size
+        self.order = ImageOrder(len(variants[0]), seed)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def rows(self, start: int, stop: int) -> Iterator[Rows]:
+        for first in range(start, stop, self.batch):
+            images = np.arange(first, min(first + self.batch, stop))
+            share = np.array_split(images, self.world_size)[self.rank]
+            examples, indices = self.order.at(share).tolist(), share.tolist()
+            yield Rows(self._latents(examples, indices), self.conditions(examples, indices), indices, self.null)
+
+    def _latents(self, examples: Sequence[int], indices: Sequence[int]) -> Tensor:
+        chosen = rng.integers(len(self.variants), (1,), self.seed, "variant", indices)[:, 0].tolist()
+        rows = [taken(self.variants[variant], [example]) for variant, example in zip(chosen, examples, strict=True)]
+        return torch.cat(rows)
+
+
+def taken(latents: Tensor | LatentCache, examples: Sequence[int]) -> Tensor:
+    """Some rows of stored latents, in float32."""
+    return latents[list(examples)].float() if isinstance(latents, Tensor) else latents.rows(examples)

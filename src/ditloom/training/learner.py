@@ -69,7 +69,9 @@ class Learner:
         averages: Mapping[str, Profile] | None = None,
     ):
         self.world, self.seed, self.phases = world or World(), seed, phases
-        self.step = TrainStep(roles, process, phases).to(self.world.device)
+        self.step = TrainStep(roles, process, phases)
+        if any(tensor.device != self.world.device for tensor in self.step.state_dict().values()):
+            self.step.to(self.world.device)
         for network in roles.values():
             network.checkpointing = checkpointing
             if compile:

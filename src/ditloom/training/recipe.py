@@ -11,8 +11,10 @@ import torch
 
 from ditloom import model as models
 from ditloom.contracts import rng
+from ditloom.contracts.backbone import Backbone
 from ditloom.contracts.data import DataSource
 from ditloom.contracts.errors import UserError
+from ditloom.contracts.process import Process
 from ditloom.contracts.registries import DATA
 from ditloom.contracts.settings import named, parse, registered
 from ditloom.data.augment import Augment
@@ -22,11 +24,12 @@ from ditloom.training.config import Spec, TrainConfig, plain, read_settings, rea
 from ditloom.training.draws import Draws
 from ditloom.training.durable import explained, replace_file
 from ditloom.training.ema import PROFILES, Power, Profile
-from ditloom.training.feed import ImageFeed
+from ditloom.training.feed import Feed, ImageFeed
 from ditloom.training.launch import World
 from ditloom.training.learner import STUDENT, Learner
 from ditloom.training.objectives.denoise import Denoise
 from ditloom.training.optim import OPTIMISERS
+from ditloom.training.precompute import stored_feed
 from ditloom.training.progress import Progress
 from ditloom.training.resolve import resolved
 from ditloom.training.samples import SampleGrid
@@ -43,6 +46,7 @@ class DataConfig:
 
     told: "label", "caption" or "nothing" (None: what suits the conditioner). on_error: "refuse" or "skip" a picture
     that cannot be read. augment: flip, shift, scale, fill. wordings: draw one of an example's captions.
+    store: a folder for the latents and texts of the whole source, made before training (mirroring only).
     """
 
     source: Spec
@@ -52,6 +56,27 @@ class DataConfig:
     wordings: bool = False
     workers: int = 2
     on_error: str = "refuse"
+    store: str | None = None
+
+    def feed(
+        self, config: TrainConfig, world: World, source: DataSource, model: models.Model, told: str | None
+    ) -> Feed:
+        """What one process learns from."""
+        if self.store is None:
+            return ImageFeed(self.batches(config, world, source), model.latents, model.conditioner, told)
+        return stored_feed(
+            source,
+            model.latents,
+            model.conditioner,
+            self.store,
+            told=told,
+            batch=config.batch,
+            seed=config.seed,
+            size=self.size,
+            augment=read_settings(Augment, self.augment, "data.augment"),
+            wordings=self.wordings,
+            world=world,
+        )
 
     def batches(self, config: TrainConfig, world: World, source: DataSource) -> Batches:
         """The loader of one process."""
@@ -148,9 +173,9 @@ class Recipe:
         model = self.build_model(source)
         model.latents.eval().requires_grad_(False).to(world.device)
         told = self.told(model)
-        feed = ImageFeed(self.data.batches(config, world, source), model.latents, model.conditioner, told)
-        learner = learner_of(model, config, world)
-        draws = draws_of(model, config)
+        feed = self.data.feed(config, world, source, model, told)
+        learner = learner_of(model.backbone, model.process, config, world)
+        draws = draws_of(model.process, config)
         grid = self.grid(model, source, told) if config.sample_every else None
         state = {"model": plain(model.config()), "recipe": self.to_dict()}
         trainer = Trainer(learner, draws, feed, config, Path(run), sample=grid, state=state, progress=progress)
@@ -178,17 +203,17 @@ def default_inputs(source: DataSource, told: str | None, count: int) -> list[Any
     return [None] * count
 
 
-def learner_of(model: models.Model, config: TrainConfig, world: World) -> Learner:
-    """A learner that trains the model's backbone to denoise."""
+def learner_of(network: Backbone, process: Process, config: TrainConfig, world: World) -> Learner:
+    """A learner that trains a backbone to denoise."""
     phase = Phase(
-        objectives={"denoise": Denoise(model.process)},
+        objectives={"denoise": Denoise(process)},
         optimiser=named("optimiser", OPTIMISERS, config.optimiser),
         schedule=named("schedule", SCHEDULES, config.schedule),
         clip=config.clip,
     )
     return Learner(
-        {STUDENT: model.backbone},
-        model.process,
+        {STUDENT: network},
+        process,
         [phase],
         world=world,
         seed=config.seed,
@@ -211,8 +236,8 @@ def averages_of(config: TrainConfig) -> dict[str, Profile]:
     return found
 
 
-def draws_of(model: models.Model, config: TrainConfig) -> Draws:
-    """Noise, noise levels and dropout for a model under a configuration."""
-    spec = config.times if config.times is not None else type(model.process).times
+def draws_of(process: Process, config: TrainConfig) -> Draws:
+    """Noise, noise levels and dropout for a process under a configuration."""
+    spec = config.times if config.times is not None else type(process).times
     times = time_sampler(named("time distribution", TIMES, spec), config.shift, config.stratified)
-    return Draws(process=model.process, times=times, seed=config.seed, drop=config.drop)
+    return Draws(process=process, times=times, seed=config.seed, drop=config.drop)

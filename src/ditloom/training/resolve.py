@@ -1,4 +1,4 @@
-"""From what a recipe says of its model to a full config.json: names spelled out, sizes filled in from data and latents."""
+"""What a recipe says of its model, made a full config.json: names spelled out, sizes taken from data and latents."""
 
 from __future__ import annotations
 

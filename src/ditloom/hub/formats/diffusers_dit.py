@@ -66,8 +66,8 @@ class DiffusersDiT(Format):
         refuse_unless(config, "diffusers' DiTTransformer2DModel", null_class=True, mlp_ratio=4.0)
         if config.frequency_shift != 1:
             warnings.warn(
-                "diffusers' DiT spaces its time frequencies differently (by half - 1) and will not compute exactly what "
-                "this model computes",
+                "diffusers' DiT spaces its time frequencies differently (by half - 1): it will not compute exactly "
+                "what this model computes",
                 stacklevel=4,
             )
         return {

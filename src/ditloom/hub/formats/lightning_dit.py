@@ -14,6 +14,7 @@ from ditloom.hub.formats.facebook_dit import MODULATIONS, POSITIONS, REST, has_a
 from ditloom.hub.keymap import Derived, KeyMap, Move
 from ditloom.parts.positions import axial_axes, grid_positions, rotary
 
+
 def _table(config: LightningDiTConfig, part: int) -> Tensor | None:
     if not config.rope:
         return None
