@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -294,14 +295,24 @@ def _build(registry: Any, config: Mapping[str, Any]) -> Any:
 
 def backbone_config(values: Mapping[str, Any]) -> BackboneConfig:
     """A backbone configuration from plain values with a "family"."""
-    return BACKBONES.get(values["family"]).config_class.from_dict(values)
+    return config_class(values["family"]).from_dict(values)
+
+
+def config_class(family: str) -> type[BackboneConfig]:
+    """The settings class of a family, by registry name."""
+    return type(next(iter(family_presets(BACKBONES.get(family)).values())))
+
+
+def family_presets(family: type[Backbone]) -> Mapping[str, BackboneConfig]:
+    """The published sizes of a family: `PRESETS` of its file."""
+    return sys.modules[family.__module__].PRESETS
 
 
 def presets() -> dict[str, BackboneConfig]:
     """Every published preset by name."""
     found: dict[str, BackboneConfig] = {}
     for family in BACKBONES.names():
-        found |= BACKBONES.get(family).presets
+        found |= family_presets(BACKBONES.get(family))
     return found
 
 

@@ -139,8 +139,6 @@ class DiT(Backbone):
     x [B, C, H, W] with H, W multiples of the patch; prediction [B, C or 2C, H, W].
     """
 
-    config_class: ClassVar[type[BackboneConfig]] = DiTConfig
-    presets: ClassVar[Mapping[str, BackboneConfig]] = PRESETS
     missing: ClassVar[Mapping[str, str]] = {
         "cross": "DiT is conditioned through adaLN and has no cross-attention",
         "skip": "DiT has no long skips",

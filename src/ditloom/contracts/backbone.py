@@ -97,8 +97,6 @@ class Backbone(nn.Module):
     Time reaches `embed` in the network's own units; `forward` takes the noise level t in [0, 1] and converts.
     """
 
-    config_class: ClassVar[type[BackboneConfig]]
-    presets: ClassVar[Mapping[str, BackboneConfig]] = {}
     preset: BackboneConfig
     blocks: nn.ModuleList
     skips: Mapping[int, int] = {}

@@ -144,4 +144,4 @@ class Process(ABC):
 
     def config(self) -> dict[str, Any]:
         """Plain values for config.json, the registry name under "name"."""
-        return {"name": type(self).__registration__.name, **asdict(self)}
+        return {"name": type(self).__registration__.name, **asdict(self)}  # type: ignore[call-overload]

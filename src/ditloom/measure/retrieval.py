@@ -2,6 +2,10 @@
 
 With no image-text network at hand, the real picture of the same caption stands for the caption: all real pictures are
 ordered by cosine similarity of features to the drawn one, and the rank of the right one is read off (1 is best).
+
+What people reach: the 163 held-out emoji as drawn by Noto and by Twemoji, sought among the 1,599 of Fluent with
+effnet-lite0, have median ranks 3 and 5, are first in 39 % and 34 %, within ten in 69 % and 60 %, and their nearest has
+the right group in 79 % and 70 %. With 16x16 pixels in its place: median 23 and 27, right group 52 % and 50 %.
 """
 
 from __future__ import annotations

@@ -38,8 +38,9 @@ class Row(NamedTuple):
 class EDMSampler(Solver):
     """Karras et al. 2022, algorithm 2: churn to a higher noise, Euler, trapezoid (not at the last step).
 
-    churn 0 is deterministic; s_max None is no upper bound. ImageNet-64: churn 40, s_min 0.05, s_max 50, s_noise 1.003. For paths with alpha
-    below 1 the same runs on x / alpha (their appendix C). The grid is "karras" unless told otherwise.
+    churn 0 is deterministic; s_max None is no upper bound. ImageNet-64: churn 40, s_min 0.05, s_max 50, s_noise
+    1.003. For paths with alpha below 1 the same runs on x / alpha (their appendix C). The grid is "karras" unless
+    told otherwise.
     """
 
     churn: float = 0.0

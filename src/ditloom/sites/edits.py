@@ -10,7 +10,8 @@ from torch import Tensor
 
 EditFn = Callable[[Tensor, Any, float], Tensor]
 EDITS: dict[str, EditFn] = {}
-COMPOSING = frozenset({"add", "lerp"})
+REPLACING = frozenset({"replace", "copy-rows"})
+ORDER = ("capture", "replace", "copy-rows", "lerp", "add", "append")
 
 
 def register_edit(name: str) -> Callable[[EditFn], EditFn]:
@@ -21,6 +22,11 @@ def register_edit(name: str) -> Callable[[EditFn], EditFn]:
         return fn
 
     return note
+
+
+def canonical_rank(op: str) -> int:
+    """The order of operations at one stage: captures see it untouched, then it is replaced, then changed."""
+    return ORDER.index(op) if op in ORDER else len(ORDER)
 
 
 @register_edit("replace")
@@ -46,3 +52,14 @@ def copy_rows(x: Tensor, given: Tensor, number: float) -> Tensor:
     """Rows where given [B] is true become row `number`."""
     mask = given.reshape(-1, *[1] * (x.ndim - 1))
     return torch.where(mask, x[int(number) : int(number) + 1], x)
+
+
+def edited(op: str, x: Tensor, given: Any, number: float, rows: Tensor | None = None) -> Tensor:
+    """x after an edit; where `rows` [B] is given, only those rows change."""
+    y = EDITS[op](x, given, number)
+    return y if rows is None else torch.where(rows.reshape(-1, *[1] * (x.ndim - 1)), y, x)
+
+
+def edited_at(at: slice, op: str, x: Tensor, given: Any, number: float, rows: Tensor | None = None) -> Tensor:
+    """The same for some tokens only."""
+    return torch.cat([x[:, : at.start], edited(op, x[:, at], given, number, rows), x[:, at.stop :]], dim=1)

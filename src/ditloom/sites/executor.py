@@ -1,70 +1,94 @@
-"""One forward under a step's program: blocks, ranges of blocks, taps, long skips, added segments."""
+"""One forward under a step's program: blocks, ranges of blocks, long skips, taps at the borders, and what it cost."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ditloom.contracts.backbone import NOTHING
 from ditloom.contracts.clock import Clock, Rows
 from ditloom.contracts.method import Probe
-from ditloom.contracts.plan import Action, BlockPlan, Edit
+from ditloom.contracts.plan import Action
 from ditloom.contracts.streams import Context, Memory, Streams
+from ditloom.sites.block_call import BlockCall
 from ditloom.sites.codecs import zip_map
-from ditloom.sites.edits import EDITS
+from ditloom.sites.edits import edited, edited_at
+from ditloom.sites.fingerprint import MadeOf, of_tokens
 from ditloom.sites.program import Placed, Planned, StepProgram
-from ditloom.sites.segments import AddedSegments
+from ditloom.sites.rules import Settled, pairs
+from ditloom.sites.surface import Surface
 
 if TYPE_CHECKING:
     from ditloom.sites.run import Run
 
-SOURCES = (Action.REUSE, Action.ROWS, Action.MIX)
+NO_HANDLERS: frozenset[str] = frozenset()
 
 
 class Forward:
-    """The executor of one forward. It lives as long as the call."""
+    """The executor of one forward. It lives as long as the call.
 
-    def __init__(self, run: Run, program: StepProgram, clock: Clock, rows: Rows, reuse: bool = True):
-        self.run, self.program, self.clock, self.rows = run, program, clock, rows
+    reuse: whether stored values may be used and computed ones stored, if the clock allows. gated: handlers that have
+    predicted a whole branch on this step; of the others none approximates what is left to compute.
+    """
+
+    surface: Surface
+    made_of: MadeOf
+
+    def __init__(
+        self,
+        run: Run,
+        program: StepProgram,
+        clock: Clock,
+        rows: Rows,
+        reuse: bool = True,
+        gated: frozenset[str] = NO_HANDLERS,
+    ):
+        self.run, self.program, self.clock, self.rows, self.gated = run, program, clock, rows, gated
         self.reuse = reuse and clock.may_reuse
         self.entered: dict[int, Streams] = {}
         self.waiting: dict[int, Streams] = {}
         self.open: list[tuple[int, Planned, Streams]] = []
-        self.made_of: Hashable = None
-        self.executed = 0
+        self.jumped: list[tuple[int, int]] = []
+        self.macs = 0
 
     def __call__(self, x: Tensor, time: Tensor, memory: Memory, until: int | None = None) -> Tensor | None:
         """The prediction; with `until`, None after that block (its captures are delivered)."""
-        backbone = self.run.backbone
-        added = AddedSegments(self.run, self.clock, self.rows)
+        backbone, added = self.run.backbone, self.run.added(self.clock, self.rows)
         streams, context = backbone.embed(x, time, memory, added.segments)
         context = added.ruled(streams.layout, context)
+        self.added, self.rule = added, context.rule
         self.surface = self.run.surface_of(streams.layout)
-        self.made_of = self.run.made_of(streams, self.clock)
-        self.added = added
-        if self.program.idle and added.idle and until is None:
+        if until is None and self.program.idle and not added.acts:
             streams = backbone.run(streams, context)
-            self.executed = sum(sum(c.values()) for c in self.surface.costs)
+            self.macs = sum(self.surface.block_totals) + self._rule_macs()
         else:
+            self._prepare(streams, context)
             streams = self._blocks(streams, context, until)
         self._account(until)
         return None if until is not None else backbone.head(streams, context)
 
-    def _account(self, until: int | None) -> None:
-        ends = self.surface.backbone.end_macs(self.surface.layout)
-        executed = self.executed + ends["embed"] + (ends["head"] if until is None else 0)
-        report = self.run.report
-        report.macs += executed * self.rows.total
-        report.full_macs += self.surface.total * self.rows.total
-        report.forwards += len(self.rows.branches)
+    @property
+    def uses(self) -> bool:
+        """Whether stored values may be used: not while the keys of a static segment are being computed."""
+        return self.reuse and not self.added.fresh
+
+    def _prepare(self, streams: Streams, context: Context) -> None:
+        layout, tokens = streams.layout, next(iter(streams.tokens.values()))
+        if self.added.fresh:
+            self.run.allow(self.added.bytes_needed(layout, tokens))
+        if self.reuse:
+            branches = dict.fromkeys((*self.run.asked, *self.rows.branches))
+            self.made_of = self.run.made_of(branches, self.clock, layout, self.rows.samples, of_tokens(tokens))
+        for placed in self.program.taps.get(-1, ()):
+            self.deliver(placed, context.time)
 
     def _blocks(self, streams: Streams, context: Context, until: int | None) -> Streams:
-        blocks, index_of = self.run.backbone.blocks, {p: i for i, p in enumerate(self.surface.flat)}
-        position = 0
-        while position < len(blocks):
-            index = index_of.get(position)
+        surface, position = self.surface, 0
+        while position < len(surface.index_at):
+            index = surface.index_at[position]
             if index is not None:
                 self._enter(index, position, streams)
                 reused = self._ranges(index, streams, context)
@@ -75,203 +99,187 @@ class Forward:
             if until is not None and index == until:
                 return streams
             position += 1
-        self._enter(self.surface.blocks, position, streams)
+        self._enter(surface.blocks, position, streams)
         return streams
 
     def _enter(self, index: int, position: int, streams: Streams) -> None:
         """What enters block `index` is known: probes may look at it, and ranges that end here are stored."""
         if index in self.program.watched:
             self.entered[index] = streams
-        for end, planned, at_start in self.open:
-            if end == position:
-                self._push(planned, planned.control.codec.encode(at_start.tokens, streams.tokens))
-        self.open = [item for item in self.open if item[0] != position]
+        if self.open:
+            for end, planned, at_start in self.open:
+                if end == position:
+                    self.push(planned, planned.control.codec.encode(at_start.tokens, streams.tokens))
+            self.open = [item for item in self.open if item[0] != position]
 
     def _ranges(self, index: int, streams: Streams, context: Context) -> tuple[Streams, int] | None:
         for planned in self.program.ranges.get(index, ()):
             i, j = planned.site.span or (0, 0)
-            action = self._resolve(planned, streams, context)
+            action, end = self.settle(planned, streams, context), self.surface.position(j)
             if action is Action.COMPUTE:
                 if planned.stores and self.reuse:
-                    self.open.append((self.surface.position(j), planned, streams))
+                    self.open.append((end, planned, streams))
                 continue
-            self._mark(i, j, 1.0)
-            end = self.surface.position(j)
+            self._jump(i, j)
             if action is Action.SKIP:
-                return streams, end
-            tokens = planned.control.codec.decode(streams.tokens, self._predicted(planned))
+                return Streams(streams.tokens, self.surface.layouts[end]), end
+            tokens = planned.control.codec.decode(streams.tokens, self.predicted(planned))
             return Streams(tokens, self.surface.layouts[end]), end
         return None
 
+    def _jump(self, i: int, j: int) -> None:
+        self.jumped.append((i, j))
+        for block in range(i, j):
+            self.run.report.cells[self.clock.step, block] = 1.0
+
     def _call(self, position: int, index: int | None, streams: Streams, context: Context) -> Streams:
-        backbone = self.run.backbone
-        given: dict[str, Any] = {}
+        backbone, program = self.run.backbone, self.program
+        block, given = backbone.blocks[position], NOTHING
         if position in backbone.skips:
-            given["skip"] = self.waiting[backbone.skips[position]].tokens
-        taps = self.program.taps.get(index, ()) if index is not None else ()
-        streams = self._edges("block_in", taps, streams)
-        plan, stored = self._plan(index, streams, context, given) if index is not None else (None, [])
-        streams, kept = backbone.call(backbone.blocks[position], streams, context, plan, given)
-        self._keep(stored, taps, kept)
-        if index is not None:
-            self.added.store(index, kept, self.made_of)
-        streams = self._edges("block_out", taps, streams)
+            given = {"skip": self._skip(backbone.skips[position])}
+        if index is None or not (index in program.inner or index in program.taps or self.added.acts):
+            streams, _ = backbone.call(block, streams, context, None, given)
+            self.macs += self.surface.block_totals[position] + self._rule_macs(position)
+        else:
+            streams = self._acting(position, index, streams, context, given)
         if position in self.run.skip_sources:
             self.waiting[position] = streams
-        cost = self.surface.costs[position]
-        self.executed += sum(cost.values()) - (self._saved(index, streams) if index is not None else 0)
         return streams
 
-    def _plan(
-        self, index: int, streams: Streams, context: Context, given: dict[str, Any]
-    ) -> tuple[BlockPlan | None, list[Planned]]:
-        """The plan of one block call; what it uses is put into `given`."""
-        actions, keep, edits, stored = [], self.added.keep(index, given), [], []
-        self.actions: dict[str, tuple[Planned, Action]] = {}
-        for planned in self.program.inner.get(index, ()):
-            action = self._resolve(planned, streams, context)
-            self.actions[planned.site.inner] = planned, action
-            if action is not Action.COMPUTE:
-                actions.append((planned.site.inner, action))
-            if action in SOURCES:
-                self._give(planned, action, given)
-            if self._stores(planned, action):
-                keep.append(planned.site.inner)
-                stored.append(planned)
-        for placed in self.program.taps.get(index, ()):
-            tap = placed.tap
-            if tap.stage in ("block_in", "block_out"):
-                continue
-            if tap.op == "capture":
-                keep.append(_name(placed))
-            else:
-                edits.append(Edit(tap.stage, tap.op, placed.key, tap.stream, tap.segment, tap.number))
-                given[placed.key] = placed.handler.provide(tap, self.clock, self.rows)
-                if tap.branches is not None:
-                    given[f"{placed.key}.rows"] = self._row_mask(tap.branches, streams)
-        if not (actions or keep or edits):
-            return None, stored
-        return BlockPlan(tuple(actions), tuple(dict.fromkeys(keep)), tuple(edits)), stored
+    def _acting(
+        self, position: int, index: int, streams: Streams, context: Context, given: Mapping[str, Any]
+    ) -> Streams:
+        """A block with something to do at its sites, stages or borders."""
+        backbone, taps = self.run.backbone, self.program.taps.get(index, ())
+        streams = self._edges("block_in", taps, streams)
+        call = BlockCall(self, index, position, given)
+        call.plan_sites(streams, context)
+        call.plan_taps(streams)
+        layout = streams.layout
+        streams, kept = backbone.call(backbone.blocks[position], streams, context, call.plan, call.given)
+        call.keep(kept, layout)
+        self.macs += call.macs()
+        return self._edges("block_out", taps, streams)
 
-    def _stores(self, planned: Planned, action: Action) -> bool:
-        if not (planned.stores and self.reuse) or action in (Action.REUSE, Action.SKIP):
-            return False
-        return action is not Action.MIX or planned.handler.keeps_mixed(planned.site, self.clock)
+    def _skip(self, source: int) -> dict[str, Tensor]:
+        """What a long skip hands over, as taps at its source block see and change it."""
+        streams, index = self.waiting[source], self.surface.index_at[source]
+        taps = self.program.taps.get(index, ()) if index is not None else ()
+        return self._edges("skip", taps, streams).tokens
 
-    def _give(self, planned: Planned, action: Action, given: dict[str, Any]) -> None:
-        name = planned.site.inner
-        given[name] = self._predicted(planned)
-        if action is Action.ROWS:
-            memo = self.run.memo(planned.handler)
-            given[f"{name}.rows"] = planned.handler.rows(planned.site, self.clock, self.rows, memo)
-            self.row_share = given[f"{name}.rows"].shape[1]
-        elif action is Action.MIX:
-            given[f"{name}.mix"] = planned.handler.mix(planned.site, self.clock)
-
-    def _keep(self, stored: list[Planned], taps: Any, kept: Mapping[str, Any]) -> None:
-        for planned in stored:
-            self._push(planned, kept[planned.site.inner])
-        for placed in taps:
-            if placed.tap.op == "capture" and placed.tap.stage not in ("block_in", "block_out"):
-                self._deliver(placed, kept[_name(placed)])
-
-    def _edges(self, stage: str, taps: Any, streams: Streams) -> Streams:
+    def _edges(self, stage: str, taps: Sequence[Placed], streams: Streams) -> Streams:
         """Taps at a block's border, outside the compiled block."""
         for placed in taps:
             tap = placed.tap
             if tap.stage != stage:
                 continue
-            x = streams[tap.stream] if tap.segment is None else streams.segment(tap.segment)
+            x = streams[tap.stream]
             if tap.op == "capture":
-                self._deliver(placed, x)
+                self.deliver(placed, x if tap.segment is None else streams.segment(tap.segment))
                 continue
-            y = EDITS[tap.op](x, placed.handler.provide(tap, self.clock, self.rows), tap.number)
-            if tap.branches is not None:
-                y = torch.where(self._row_mask(tap.branches, streams)[:, None, None], y, x)
-            if tap.segment is not None:
-                at, whole = streams.layout.slice(tap.segment), streams[tap.stream]
-                y = torch.cat([whole[:, : at.start], y, whole[:, at.stop :]], dim=1)
+            change = (tap.op, x, placed.handler.provide(tap, self.clock, self.rows), tap.number, self.row_mask(placed))
+            y = edited(*change) if tap.segment is None else edited_at(streams.layout.slice(tap.segment), *change)
             streams = streams.updated(**{tap.stream: y})
         return streams
 
-    def _deliver(self, placed: Placed, value: Any) -> None:
+    def deliver(self, placed: Placed, value: Any) -> None:
+        """Hand a captured value to its handler: of the branches it asked for, without the graph unless it asked."""
         tap = placed.tap
         if tap.branches is not None:
-            at = [i for b in tap.branches if b in self.rows.branches for i in range(*_bounds(self.rows, b))]
+            at = [i for b in tap.branches if b in self.rows.branches for i in _range(self.rows.slice(b))]
+            if not at:
+                return
             value = zip_map(lambda t: t[at], value)
         if not tap.gradient:
             value = zip_map(torch.Tensor.detach, value)
         placed.handler.captured(tap, value, self.clock, self.rows)
 
-    def _row_mask(self, branches: tuple[str, ...], streams: Streams) -> Tensor:
+    def row_mask(self, placed: Placed) -> Tensor | None:
+        """For a tap of some branches: the rows it acts on [B]."""
+        branches = placed.tap.branches
+        if branches is None:
+            return None
         mask = [b in branches for b in self.rows.branches for _ in range(self.rows.samples)]
-        return torch.tensor(mask, device=next(iter(streams.tokens.values())).device)
+        return torch.tensor(mask, device=self.run.backbone.device)
 
-    def _resolve(self, planned: Planned, streams: Streams, context: Context) -> Action:
-        """The action here and now: guards beat plans, a deferred one is decided once per step for all branches."""
-        if not self.reuse:
-            return Action.COMPUTE
-        ready = self.run.store.ready(
-            planned.handler.key, planned.site, self.rows, planned.control.predictor.depth, self.made_of
-        )
-        action = planned.action
-        if action is Action.DEFER:
-            action = self.run.decide(planned, self.clock, ready, lambda p: self._look(p, streams, context))
-        if action in SOURCES and not ready:
-            action = Action.COMPUTE
-        self.run.report.visit(planned.site, action, len(self.rows.branches))
+    def settle(self, planned: Planned, streams: Streams, context: Context) -> Action:
+        """The action here and now, noted in the report."""
+        action = Action.COMPUTE
+        if planned.action is Action.SKIP:
+            action = Action.SKIP if self.clock.purpose == "sample" else Action.COMPUTE
+        elif self.uses and (not self.gated or planned.handler.key in self.gated):
+            look = lambda probe: self._look(probe, context)  # noqa: E731
+            action = self.run.settle(planned, self.clock, self.run.asked, self.made_of, look)
+        if self.clock.purpose == "sample":
+            self.run.report.visit(planned.site, action, len(self.rows.branches))
         return action
 
-    def _look(self, probe: Probe, streams: Streams, context: Context) -> Tensor:
+    def _look(self, probe: Probe, context: Context) -> Tensor:
         """A probe of the leading branch's rows."""
         if probe.kind == "time_embedding":
             assert context.time is not None
-            return context.time[self.rows.slice(self.rows.leading)]
-        if probe.kind == "modulated_in":
-            value = self.surface.block(probe.block).modulated_in(streams, context)
+            value = context.time
+        elif probe.kind == "modulated_in":
+            block = self.surface.block(probe.block)
+            value = block.modulated_in(self.entered[probe.block], context)
+            self.macs += block.modulated_in_macs(self.entered[probe.block].layout)
         elif probe.kind == "residual":
             i, j = probe.span
             value = self.entered[j]["image"] - self.entered[i]["image"]
         else:
             value = self.entered[probe.block]["image"]
-        return value[self.rows.slice(self.rows.leading)]
+        return value[self.rows.slice(self.rows.leading)].detach()
 
-    def _predicted(self, planned: Planned) -> Any:
-        control = planned.control
-        return self.run.store.predict(
-            planned.handler.key, control.site, self.rows, control.predictor, self.clock.step, self.made_of
-        )
+    def predicted(self, planned: Planned) -> Any:
+        """The predicted value of a site."""
+        predictor = planned.control.predictor
+        return self.run.store.predict(planned.place, self.rows, predictor, self.clock.step, self.made_of)
 
-    def _push(self, planned: Planned, value: Any) -> None:
+    def push(self, planned: Planned, value: Any) -> None:
+        """Store what was computed at a site."""
         depth = planned.control.predictor.depth
-        key = planned.handler.key
-        self.run.store.push(key, planned.site, self.rows, self.clock.step, value, depth, self.made_of)
+        self.run.store.push(planned.place, self.rows, self.clock.step, value, depth, self.made_of)
 
-    def _saved(self, index: int, streams: Streams) -> int:
-        """MACs per row that this block call did not execute."""
-        saved = 0
-        for planned, action in getattr(self, "actions", {}).values():
-            if planned.site.block != index:
-                continue
-            if action in (Action.REUSE, Action.SKIP):
-                saved += planned.site.cost
-            elif action is Action.ROWS:
-                saved += planned.site.cost - planned.site.cost * self.row_share // streams.layout.length("image")
-        total = sum(self.surface.costs[self.surface.flat[index]].values())
-        self.run.report.cells[self.clock.step, index] = saved / total if total else 0.0
-        return saved
+    def _rule_macs(self, position: int | None = None, extra: int = 0) -> int:
+        """What an attention rule and `extra` appended keys add to a block's MACs (of all blocks, without position)."""
+        if not extra and not isinstance(self.rule, Settled):
+            return 0
+        if position is None:
+            return sum(self._rule_macs(p, extra) for p in range(len(self.surface.per_pair)))
+        tokens = self.surface.layouts[position].length()
+        evaluated = pairs(self.rule, extra) if isinstance(self.rule, Settled) else tokens * (tokens + extra)
+        return self.surface.per_pair[position] * (evaluated - tokens * tokens)
 
-    def _mark(self, i: int, j: int, share: float) -> None:
-        for block in range(i, j):
-            self.run.report.cells[self.clock.step, block] = share
+    def attention_macs(self, position: int, extra: int) -> int:
+        """MACs of the site "attn" of a block as it is called, beyond what the surface says."""
+        return self._rule_macs(position, extra)
+
+    def _account(self, until: int | None) -> None:
+        report, surface = self.run.report, self.surface
+        executed = self.macs + surface.entry + self.added.embed_macs(surface)
+        executed += 0 if until is not None else surface.ends["head"]
+        report.macs += executed * self.rows.total + self.run.prepared(surface)
+        report.forwards += len(self.rows.branches)
+        if self.clock.purpose != "sample":
+            return
+        if until is None:
+            report.full_macs += self.run.plain_surface(self.surface).total * self.rows.total
+        self._passed(until)
+
+    def _passed(self, until: int | None) -> None:
+        """Controlled sites that were computed without storing."""
+        if not self.program.plain:
+            return
+        times = len(self.rows.branches)
+        if until is None and not self.jumped:
+            self.run.report.passed(self.program.plain_inside, times)
+            return
+        for site in self.program.plain:
+            i, j = site.span or (site.block or 0, (site.block or 0) + 1)
+            inside = any(a <= i and j <= b for a, b in self.jumped)
+            if site.level != "run" and not inside and (until is None or i <= until):
+                self.run.report.visit(site, Action.COMPUTE, times)
 
 
-def _name(placed: Placed) -> str:
-    """What a capture asks a block to keep: the stage, or one stream of it."""
-    tap = placed.tap
-    return tap.stage if tap.stage == "logits" else f"{tap.stage}@{tap.stream}"
-
-
-def _bounds(rows: Rows, branch: str) -> tuple[int, int]:
-    at = rows.slice(branch)
-    return at.start, at.stop
+def _range(at: slice) -> range:
+    return range(at.start, at.stop)

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ditloom.contracts.clock import Schedule
 from ditloom.contracts.method import Control, Handler, Steps, Tap
 from ditloom.contracts.plan import Action
 from ditloom.contracts.site import Site
-from ditloom.sites.combine import canonical, check
+from ditloom.sites.combine import canonical, check, check_sites, check_taps
+from ditloom.sites.edits import canonical_rank
+from ditloom.sites.fates import Outer, fates, needed_later
+from ditloom.sites.store import Place
 from ditloom.sites.surface import Surface
 
-USES = frozenset({Action.REUSE, Action.DEFER, Action.ROWS, Action.MIX})
+KEEPING = frozenset({Action.COMPUTE, Action.DEFER, Action.ROWS, Action.MIX})
+Controls = Mapping[str, Sequence[Control]]
+Plans = Mapping[str, Steps]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Planned:
-    """One controlled site on one step; `stores`: a value computed now is used by a later step."""
+    """One controlled site on one step; `stores`: a value computed now can be used by a later step."""
 
     handler: Handler
     control: Control
     action: Action
     stores: bool
+    place: Place
 
     @property
     def site(self) -> Site:
@@ -41,18 +48,35 @@ class Placed:
 
 @dataclass
 class StepProgram:
-    """What happens on one step, by place."""
+    """What happens on one step, by place. Taps of the run, of no block, are at -1.
+
+    plain: controlled sites that are computed and not stored. drops: what no later step can use any more.
+    """
 
     outer: list[Planned] = field(default_factory=list)
     ranges: dict[int, list[Planned]] = field(default_factory=dict)
     inner: dict[int, list[Planned]] = field(default_factory=dict)
     taps: dict[int, list[Placed]] = field(default_factory=dict)
     watched: set[int] = field(default_factory=set)
+    plain: list[Site] = field(default_factory=list)
+    drops: list[Place] = field(default_factory=list)
 
     @property
     def idle(self) -> bool:
         """Nothing acts inside the backbone."""
         return not (self.ranges or self.inner or self.taps)
+
+    @cached_property
+    def plain_inside(self) -> tuple[str, ...]:
+        """Labels of the plain sites that a forward passes."""
+        return tuple(site.label for site in self.plain if site.level != "run")
+
+    def planned(self) -> Iterator[Planned]:
+        """Everything planned on this step."""
+        yield from self.outer
+        for group in (self.ranges, self.inner):
+            for planned in group.values():
+                yield from planned
 
 
 @dataclass
@@ -62,26 +86,33 @@ class Program:
     handlers: list[Handler]
     steps: list[StepProgram]
 
+    def overriding(self, name: str) -> list[Handler]:
+        """The handlers that implement a part of the contract."""
+        return overriding(self.handlers, name)
+
     def static_plans(self) -> int:
-        """Number of distinct in-block plans: how many graphs per block kind a compiler will be asked for."""
+        """At most how many distinct plans a block is called with: graphs per block kind for a compiler."""
         shapes = set()
         for step in self.steps:
-            blocks = set(step.inner) | set(step.taps) | {-1}
-            for block in blocks:
-                actions = tuple((p.site.inner, p.action, p.stores) for p in step.inner.get(block, ()))
-                taps = tuple(placed.tap for placed in step.taps.get(block, ()))
-                deferred = sum(action is Action.DEFER for _, action, _ in actions)
-                shapes.add((actions, tuple((t.stage, t.op, t.stream, t.segment) for t in taps), deferred))
-        return sum(2**deferred for _, _, deferred in shapes)
+            for block in {*step.inner, *step.taps, -1}:
+                planned = step.inner.get(block, ())
+                actions = tuple((p.site.inner, p.action, p.stores and p.action in KEEPING) for p in planned)
+                taps = tuple((p.key, p.tap.stage, p.tap.op, p.tap.number) for p in step.taps.get(block, ()))
+                shapes.add((actions, taps))
+        segments = 2 if self.overriding("segments") else 1
+        return segments * sum(2 ** sum(a is Action.DEFER for _, a, _ in actions) for actions, _ in shapes)
 
-    def bytes_needed(self, rows: int, itemsize: int, tokens: int, width: int) -> int:
-        """An upper bound of what the stored token tensors of a run will hold."""
-        depth: dict[tuple[str, Site], int] = {}
-        for step in self.steps:
-            for planned in _all(step):
-                if planned.stores and planned.site.level != "run":
-                    depth[planned.handler.key, planned.site] = planned.control.predictor.depth
-        return sum(depth.values()) * rows * tokens * width * itemsize
+    def bytes_needed(self, rows: int, itemsize: int, tokens: int, width: int, latent: int = 0) -> int:
+        """An upper bound of what stored tensors will hold; `latent`: bytes of the predictions of all branches."""
+        depth = {p.place: p.control.predictor.depth for step in self.steps for p in step.planned() if p.stores}
+        outer = {p.place for step in self.steps for p in step.outer}
+        inside = sum(d for place, d in depth.items() if place not in outer)
+        return inside * rows * tokens * width * itemsize + latent * sum(depth[p] for p in outer if p in depth)
+
+
+def overriding(handlers: Sequence[Handler], name: str) -> list[Handler]:
+    """The handlers that implement a part of the contract."""
+    return [h for h in handlers if getattr(type(h), name) is not getattr(Handler, name)]
 
 
 def build(handlers: Sequence[Handler], schedule: Schedule, surface: Surface) -> Program:
@@ -90,60 +121,85 @@ def build(handlers: Sequence[Handler], schedule: Schedule, surface: Surface) -> 
     controls = {h.key: tuple(h.controls(surface)) for h in ordered}
     plans = {h.key: h.plan(schedule, surface) for h in ordered}
     taps = {h.key: h.taps(schedule, surface) for h in ordered}
-    for key, plan in plans.items():
-        if len(plan) != schedule.steps:
-            raise ValueError(f"{key} planned {len(plan)} steps of a run with {schedule.steps}")
+    for what in (plans, taps):
+        for key, listed in what.items():
+            if len(listed) != schedule.steps:
+                raise ValueError(f"{key} planned {len(listed)} steps of a run with {schedule.steps}")
+    check_sites(controls, surface)
+    check_taps(taps, surface)
     check(ordered, controls, plans, taps)
     steps = [StepProgram() for _ in range(schedule.steps)]
     for handler in ordered:
         for control in controls[handler.key]:
-            _place_control(handler, control, plans[handler.key], steps)
+            _place_control(handler, control, controls, plans, steps)
         for step, placed in zip(steps, taps[handler.key], strict=True):
             _place_taps(handler, placed, step)
     for step in steps:
         for planned in step.ranges.values():
             planned.sort(key=lambda p: p.site.span[0] - p.site.span[1])  # type: ignore[index]
+        for placed_taps in step.taps.values():
+            placed_taps.sort(key=lambda p: canonical_rank(p.tap.op))
         step.outer.sort(key=lambda p: p.site.kind != "output")
     return Program(ordered, steps)
 
 
-def _place_control(handler: Handler, control: Control, plan: Steps, steps: Sequence[StepProgram]) -> None:
-    site = control.site
-    for s, step in enumerate(steps):
-        action = plan[s].get(site, Action.COMPUTE)
-        stores = action is not Action.REUSE and needed_later(site, plan, s, control.predictor.depth)
+def _place_control(
+    handler: Handler, control: Control, controls: Controls, plans: Plans, steps: Sequence[StepProgram]
+) -> None:
+    site, depth, place = control.site, control.predictor.depth, (handler.key, control.site.label)
+    actions = [step.get(site, Action.COMPUTE) for step in plans[handler.key]]
+    found = fates(actions, _outer(handler.key, site, controls, plans, len(steps)), control.predictor)
+    held = False
+    for s, (step, action) in enumerate(zip(steps, actions, strict=True)):
+        stores = action is not Action.SKIP and needed_later(found, s, depth)
+        if held and not needed_later(found, s - 1, depth):
+            step.drops.append(place)
+            held = False
+        held = held or stores
         if action is Action.COMPUTE and not stores:
+            step.plain.append(site)
             continue
-        planned = Planned(handler, control, action, stores)
-        if action is Action.DEFER:
-            step.watched |= {b for probe in handler.probes(site) for b in (probe.block, *probe.span)}
-        if site.level == "run":
-            step.outer.append(planned)
-        elif site.span is not None:
-            step.ranges.setdefault(site.span[0], []).append(planned)
-        else:
-            step.inner.setdefault(site.block or 0, []).append(planned)
+        _place_planned(Planned(handler, control, action, stores, place), step)
 
 
-def needed_later(site: Site, plan: Steps, step: int, depth: int) -> bool:
-    """Whether what a site computes at `step` can still be used: some later use, before `depth` sure computations."""
-    computed = 0
-    for later in plan[step + 1 :]:
-        action = later.get(site, Action.COMPUTE)
-        if action in USES:
-            return True
-        computed += action is Action.COMPUTE
-        if computed >= depth:
-            return False
-    return False
+def _place_planned(planned: Planned, step: StepProgram) -> None:
+    site = planned.site
+    if planned.action is Action.DEFER:
+        for probe in planned.handler.probes(site):
+            step.watched |= set(probe.span) if probe.kind == "residual" else {probe.block}
+    if site.level == "run":
+        step.outer.append(planned)
+    elif site.span is not None:
+        step.ranges.setdefault(site.span[0], []).append(planned)
+    else:
+        step.inner.setdefault(site.block or 0, []).append(planned)
+
+
+def _outer(key: str, site: Site, controls: Controls, plans: Plans, steps: int) -> list[Outer]:
+    """What sites around this one do to it, step by step."""
+    found = [Outer.FREE] * steps
+    for other_key, listed in controls.items():
+        for other in (c.site for c in listed):
+            if not (other.encloses(site) or (other.branch is not None and site.level != "run")):
+                continue
+            for s, actions in enumerate(plans[other_key]):
+                worse = _effect(actions.get(other, Action.COMPUTE), other, key == other_key)
+                found[s] = max(found[s], worse, key=lambda o: o.value)
+    return found
+
+
+def _effect(action: Action, outer: Site, same_handler: bool) -> Outer:
+    if action is Action.COMPUTE:
+        return Outer.FREE
+    if outer.branch is None:
+        return Outer.PERHAPS if action is Action.DEFER else Outer.PREVENTS
+    return Outer.FORBIDS if action is Action.REUSE and not same_handler else Outer.PERHAPS
 
 
 def _place_taps(handler: Handler, taps: Sequence[Tap], step: StepProgram) -> None:
-    for index, tap in enumerate(taps):
-        placed = Placed(handler, tap, f"{handler.key}:{index}")
-        step.taps.setdefault(-1 if tap.block is None else tap.block, []).append(placed)
-
-
-def _all(step: StepProgram) -> list[Planned]:
-    groups: list[Mapping[int, list[Planned]]] = [step.ranges, step.inner]
-    return [*step.outer, *(p for group in groups for planned in group.values() for p in planned)]
+    """Keys count per block, so that the same taps on several blocks are one plan to a compiler."""
+    count: dict[int, int] = {}
+    for tap in taps:
+        block = -1 if tap.block is None else tap.block
+        count[block] = count.get(block, -1) + 1
+        step.taps.setdefault(block, []).append(Placed(handler, tap, f"{handler.key}:{count[block]}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,26 +15,41 @@ from ditloom.contracts.site import Site
 class Report:
     """Counts per site and action, MACs, and the step-by-block map of a run.
 
-    counts: (site label, action) -> visits, one per branch forward. cells: (step, block or -1 for a whole forward) ->
-    share of its MACs that was not computed. macs and full_macs: executed, and what the plain run would have taken.
+    cells: (step, block or -1 for a whole forward) -> share of its MACs that was not computed. macs: executed, probes
+    and added segments included. full_macs: what sampling without any method would have taken, so that a method which
+    adds work has a negative share saved. forwards: of one branch each.
     """
 
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     cells: dict[tuple[int, int], float] = field(default_factory=dict)
     macs: int = 0
     full_macs: int = 0
     forwards: int = 0
     bytes_held: int = 0
     notes: list[str] = field(default_factory=list)
+    _visited: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _passed: Counter[Sequence[str]] = field(default_factory=Counter)
 
     def visit(self, site: Site, action: Action, times: int = 1) -> None:
-        """One visit of a site."""
-        self.counts[site.label, action.value] += times
+        """A controlled site was visited, by `times` branches."""
+        self._visited[site.label, action.value] += times
+
+    def passed(self, labels: tuple[str, ...], times: int) -> None:
+        """Several controlled sites were computed without further ado, by `times` branches."""
+        self._passed[labels] += times
 
     def note(self, sentence: str) -> None:
         """A remark for the user, once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
+
+    @property
+    def counts(self) -> Counter[tuple[str, str]]:
+        """(site label, action) -> visits, one per branch and forward."""
+        found = Counter(self._visited)
+        for labels, times in self._passed.items():
+            for label in labels:
+                found[label, Action.COMPUTE.value] += times
+        return found
 
     def count(self, kind: str, action: Action) -> int:
         """Visits of all sites of a kind with an action."""

@@ -225,13 +225,18 @@ class Settled:
 
 
 def settle(rule: Rule, layout: Layout, gates: Gates, device: torch.device | None = None) -> tuple[Settled, Gates]:
-    """Work a rule out for a layout, once per forward: the cheapest exact plan of every term, and all its tensors."""
+    """Work a rule out for a layout, once per forward: the cheapest exact plan of every term, and all its tensors.
+
+    A query that may attend to nothing is refused.
+    """
     made = dict(gates)
     plans = []
     for n, term in enumerate(rule.terms):
         kind, groups = compile_term(term, layout)
         if kind == "dense":
-            made[f"mask.{n}"] = dense(term, layout, gates, device)
+            mask = made[f"mask.{n}"] = dense(term, layout, gates, device)
+            if may_be_empty(term, layout):
+                check_rows(mask)
         for g, (queries, keys) in enumerate(groups):
             made[f"queries.{n}.{g}"] = _tokens(layout, queries, device)
             made[f"keys.{n}.{g}"] = _tokens(layout, keys, device)
@@ -247,7 +252,35 @@ def with_padding(context: Context, layout: Layout, mask: Tensor | None) -> Conte
     return replace(context, rule=settled, gates=dict(gates))
 
 
+def pairs(settled: Settled, extra: int = 0) -> int:
+    """Pairs of query and key that are evaluated, over all terms; every query also sees `extra` appended keys."""
+    layout, total = settled.layout, 0
+    for term, plan in zip(settled.rule.terms, settled.plans, strict=True):
+        if plan.kind != "split":
+            total += layout.length() * (layout.length() + extra)
+            continue
+        for queries, keys in compile_term(term, layout)[1]:
+            seen = sum(layout.span(k).length for k in keys)
+            total += sum(layout.span(q).length for q in queries) * (seen + extra)
+    return total
+
+
+def is_open(rule: Rule | None, segment: str, layout: Layout) -> bool:
+    """Whether every other segment may attend to all of `segment` in every term."""
+    if rule is None:
+        return True
+    others = [name for name in _names(layout) if name != segment]
+    return all(m.pair(q, segment) is Allow.ALL for term in rule.terms for m in term.masks for q in others)
+
+
 Groups = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+
+
+@lru_cache(maxsize=256)
+def may_be_empty(term: Term, layout: Layout) -> bool:
+    """Whether some segment has no key segment that it sees in full: only then can one of its rows be empty."""
+    names = _names(layout)
+    return any(not any(all(m.pair(q, k) is Allow.ALL for m in term.masks) for k in names) for q in names)
 
 
 @lru_cache(maxsize=256)

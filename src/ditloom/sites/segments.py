@@ -2,98 +2,209 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ditloom.contracts.clock import Clock, Rows
+from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Layout, Segment
 from ditloom.contracts.method import Handler
-from ditloom.contracts.site import Site
 from ditloom.contracts.streams import Context
-from ditloom.sites.rules import Isolate, Settled, both, rule, settle
+from ditloom.sites.codecs import HOLD
+from ditloom.sites.fingerprint import MadeOf, Same
+from ditloom.sites.rules import Isolate, Rule, Settled, both, is_open, rule, settle
+from ditloom.sites.store import Place
 
 if TYPE_CHECKING:
     from ditloom.sites.run import Run
+    from ditloom.sites.surface import Surface
 
 KEPT = ("k_rope", "v_proj")
 
 
 class AddedSegments:
-    """What handlers add to one forward: segments to run, kept keys and values instead of them, attention rules."""
+    """What handlers add to one forward: segments to run, kept keys and values instead of them, attention rules.
 
-    def __init__(self, run: Run, clock: Clock, rows: Rows):
-        self.run, self.clock, self.rows = run, clock, rows
-        asked = [s for h in run.handlers if _overrides(h, "segments") for s in h.segments(clock, rows)]
-        self.held = [s for s in asked if s.static and self._is_held(s)]
-        self.segments = [s for s in asked if all(s is not h for h in self.held)]
-        self.fresh = [s for s in self.segments if s.static]
-        self.rulers = [h for h in run.handlers if _overrides(h, "rule")]
+    held: static segments whose keys and values are stored and used; fresh: those computed now, to be stored.
+    """
+
+    def __init__(self, run: Run, segmenters: Sequence[Handler], rulers: Sequence[Handler], clock: Clock, rows: Rows):
+        self.run, self.rulers, self.clock, self.rows = run, rulers, clock, rows
+        asked = [s for h in segmenters for s in h.segments(clock, rows)]
+        _check_names(asked)
+        self.made_of = {s.name: self._made_of(s) for s in asked if s.static and clock.purpose == "sample"}
+        self.held = self._open([s for s in asked if s.name in self.made_of and self._is_held(s)])
+        running = [s for s in asked if s not in Identical(self.held)]
+        self.fresh = [s for s in running if s.name in self.made_of]
+        self.segments = [_spread(s, rows) for s in running]
 
     @property
-    def idle(self) -> bool:
-        """No stored keys to hand in or to keep."""
-        return not (self.held or self.fresh)
+    def acts(self) -> bool:
+        """Whether there are stored keys to hand in or to keep."""
+        return bool(self.held or self.fresh)
 
     def ruled(self, layout: Layout, context: Context) -> Context:
         """The context with the handlers' rules, and static segments isolated from everything else."""
         own = context.rule.rule if isinstance(context.rule, Settled) else context.rule
-        combined, gates = own, dict(context.gates)
+        combined, gates = self._rules(layout, own, dict(context.gates))
+        self.fresh = [s for s in self.fresh if is_open(combined, s.name, layout)]
+        static = [s for s in self.segments if s.static]
+        if static:
+            self._check_times(static, context)
+            self.run.seen_layout = layout
+            combined = both(combined, rule(Isolate(tuple(s.name for s in static))))
+        if combined is own or combined is None:
+            return context
+        settled, gates = settle(combined, layout, gates, self.run.backbone.device)
+        return replace(context, rule=settled, gates=gates)
+
+    def _rules(self, layout: Layout, combined: Rule | None, gates: dict[str, Tensor]) -> tuple[Rule | None, Any]:
         for handler in self.rulers:
             given = handler.rule(layout, self.clock, self.rows)
             if given is not None:
                 combined, gates = both(combined, given[0]), {**gates, **given[1]}
-        if self.fresh:
-            combined = both(combined, rule(Isolate(tuple(s.name for s in self.fresh))))
-        if combined is own:
-            return context
-        assert combined is not None
-        settled, gates = settle(combined, layout, gates, self.run.backbone.device)
-        return replace(context, rule=settled, gates=gates)
+        return combined, gates
 
-    def keep(self, index: int, given: dict[str, Any]) -> list[str]:
-        """Names a block must keep for fresh static segments; kept keys of held ones go into `given`."""
+    def _open(self, held: list[Segment]) -> list[Segment]:
+        """Stored keys are seen by every token: a rule that hides some from a segment makes it run instead."""
+        layout = self.run.seen_layout
+        if not (held and self.rulers and layout is not None):
+            return held
+        combined, _ = self._rules(layout, None, {})
+        return [s for s in held if is_open(combined, s.name, layout)]
+
+    def keep(self, block: int, given: dict[str, Any]) -> list[str]:
+        """Names a block must keep for fresh static segments; stored keys of held ones go into `given`."""
         if self.held:
-            pairs = [self._entry(s, index).whole for s in self.held]
-            given["extra_keys"] = tuple(torch.cat([pair[i] for pair in pairs], dim=1) for i in range(2))
+            pairs = [
+                self.run.keys.predict(_place(s, block), self.rows, HOLD, self.clock.step, self.made_of[s.name])
+                for s in self.held
+            ]
+            given["extra_keys"] = joined(pairs)
         return [f"{stage}@{s.weights}" for s in self.fresh for stage in KEPT]
 
-    def store(self, index: int, kept: Mapping[str, Any], made_of: Hashable) -> None:
-        """Keep the keys and values of fresh static segments, for as long as their tokens are the same."""
+    def store(self, block: int, kept: Mapping[str, Any], layout: Layout) -> None:
+        """Keep the keys and values of fresh static segments, for as long as they are made of the same things."""
         for s in self.fresh:
-            at = self.run.layout_now.slice(s.name)
-            pair = tuple(kept[f"{stage}@{s.weights}"][:, at].detach() for stage in KEPT)
-            self.run.keys.push("segment", _place(s, index), self.rows, self.clock.step, pair, 1, self._made_of(s))
+            at = layout.slice(s.name)
+            pair = tuple(kept[f"{stage}@{s.weights}"][:, at] for stage in KEPT)
+            self.run.keys.push(_place(s, block), self.rows, self.clock.step, pair, 1, self.made_of[s.name])
+
+    def bytes_needed(self, layout: Layout, tokens: Tensor) -> int:
+        """What the stored keys and values of fresh segments will take, for the rows of this forward."""
+        length = sum(layout.span(s.name).length for s in self.fresh)
+        return len(KEPT) * self.run.blocks * len(tokens) * length * tokens.shape[-1] * tokens.element_size()
+
+    def embed_macs(self, surface: Surface) -> int:
+        """MACs per batch row of embedding the segments that run: their patches, and times that are not the run's."""
+        ends, layout = surface.ends, surface.layout
+        longer = surface.backbone.end_macs(_with_one_more(layout))
+        per_token = longer["embed"] - ends["embed"]
+        patches = sum(layout.span(s.name).length for s in self.segments if s.tokens.ndim == 4)
+        return patches * per_token + _own_times(self.segments) * ends.get("time", 0)
 
     def _is_held(self, segment: Segment) -> bool:
-        last = self.run.blocks - 1
-        return self.run.keys.ready("segment", _place(segment, last), self.rows, 1, self._made_of(segment))
+        branches, made_of = self.rows.branches, self.made_of[segment.name]
+        return all(self.run.keys.ready(_place(segment, b), branches, 1, made_of) for b in range(self.run.blocks))
 
-    def _entry(self, segment: Segment, index: int) -> Any:
-        return self.run.keys.last("segment", _place(segment, index), self.rows, self._made_of(segment))
+    def _made_of(self, s: Segment) -> MadeOf:
+        tensors = tuple(Same(t) for t in (s.tokens, s.positions, s.time) if t is not None)
+        base = self.run.made_of(self.rows.branches, self.clock, "segment", s.modulation, s.weights, self.rows.samples)
+        return {branch: (mark, tensors) for branch, mark in base.items()}
 
-    def _made_of(self, segment: Segment) -> Hashable:
-        return (Same(segment.tokens), self.run.weights_now, self.rows)
-
-
-class Same:
-    """Equal only to the very same, unwritten tensor; holding it keeps its identity from being reused."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor, self.version = tensor, tensor._version
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.tensor is other.tensor and self.version == other.version
-
-    def __hash__(self) -> int:
-        return id(self.tensor)
+    def _check_times(self, static: Sequence[Segment], context: Context) -> None:
+        for s in static:
+            if s.modulation == "t" and s.weights in context.modulation:
+                raise UserError(
+                    f"segment {s.name!r} is static but is modulated by the run's time; "
+                    "give it modulation 'zero' or 'own', or make it not static"
+                )
 
 
-def _place(segment: Segment, index: int) -> Site:
-    return Site("segment", "blocks", block=index, name=segment.name)
+class NothingAdded:
+    """A forward to which nothing is added."""
+
+    acts = False
+    segments: tuple[Segment, ...] = ()
+    held: tuple[Segment, ...] = ()
+    fresh: tuple[Segment, ...] = ()
+
+    def ruled(self, layout: Layout, context: Context) -> Context:
+        """The context as it is."""
+        return context
+
+    def embed_macs(self, surface: Surface) -> int:
+        """Nothing to embed."""
+        return 0
+
+    def bytes_needed(self, layout: Layout, tokens: Tensor) -> int:
+        """Nothing to store."""
+        return 0
+
+    def keep(self, block: int, given: dict[str, Any]) -> list[str]:
+        """Nothing to keep."""
+        return []
+
+    def store(self, block: int, kept: Mapping[str, Any], layout: Layout) -> None:
+        """Nothing to store."""
 
 
-def _overrides(handler: Handler, name: str) -> bool:
-    return getattr(type(handler), name) is not getattr(Handler, name)
+NOTHING_ADDED = NothingAdded()
+
+
+class Identical(list[Segment]):
+    """A list that contains the very same objects only."""
+
+    def __contains__(self, item: object) -> bool:
+        return any(item is own for own in self)
+
+
+def joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Several (keys, values) as one."""
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([k for k, _ in pairs], dim=1), torch.cat([v for _, v in pairs], dim=1)
+
+
+def _spread(segment: Segment, rows: Rows) -> Segment:
+    """The segment for every row: its tokens may be given once, per sample, or per row."""
+    given = len(segment.tokens)
+    if given == rows.total:
+        return segment
+    if given not in (1, rows.samples):
+        raise UserError(
+            f"segment {segment.name!r} has {given} rows; give 1, one per sample ({rows.samples}), "
+            f"or one per row ({rows.total})"
+        )
+    repeats = rows.total if given == 1 else len(rows.branches)
+    return replace(segment, tokens=torch.cat([segment.tokens] * repeats))
+
+
+def _with_one_more(layout: Layout) -> Layout:
+    spans = (replace(s, length=s.length + 1) if s.name == "image" else s for s in layout.spans)
+    return replace(layout, spans=tuple(spans))
+
+
+def _own_times(segments: Sequence[Segment]) -> int:
+    """Times embedded for segments: one per run of segments of a stream that share it."""
+    last: dict[str, str] = {}
+    count = 0
+    for s in segments:
+        count += s.modulation != "t" and (s.modulation == "own" or last.get(s.weights, "t") != s.modulation)
+        last[s.weights] = s.modulation
+    return count
+
+
+def _check_names(segments: Sequence[Segment]) -> None:
+    names = [s.name for s in segments]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"two segments are named {twice!r}; give each a name of its own")
+
+
+def _place(segment: Segment, block: int) -> Place:
+    return segment.name, f"segment({block})"

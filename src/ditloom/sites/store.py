@@ -3,65 +3,70 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ditloom.contracts.clock import Rows
 from ditloom.contracts.method import Predictor
-from ditloom.contracts.site import Site
+from ditloom.sites.fingerprint import MadeOf
+
+Place = tuple[str, str]
+"""Who stores and where: a handler's key and a site's label."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
-    """One stored value: the whole batch it was computed in, whose rows are `rows`."""
+    """One stored value: the whole batch it was computed in, whose rows are `rows`. Equal only to itself."""
 
     step: int
     whole: Any
     rows: Rows
-    made_of: Hashable
+    made_of: MadeOf
 
     def part(self, branch: str) -> Any:
         """The rows of one branch, as a view."""
         at = self.rows.slice(branch)
         return tree_map(lambda t: t[at], self.whole)
 
-
-Key = tuple[str, Site, str]
+    def alone(self, branch: str) -> Entry:
+        """An entry of one branch only, with memory of its own."""
+        return Entry(self.step, tree_map(torch.clone, self.part(branch)), Rows((branch,), self.rows.samples), self.made_of)
 
 
 class Store:
     """Histories of computed values; predicted values never enter."""
 
     def __init__(self) -> None:
-        self._entries: dict[Key, deque[Entry]] = {}
+        self._entries: dict[Place, dict[str, deque[Entry]]] = {}
+        self._bytes: int | None = 0
 
-    def push(
-        self, owner: str, site: Site, rows: Rows, step: int, value: Any, depth: int, made_of: Hashable
-    ) -> None:
-        """Store a computed value for every branch in `rows`, keeping the last `depth` of each."""
-        entry = Entry(step, tree_map(lambda t: t.detach(), value), rows, made_of)
+    def push(self, place: Place, rows: Rows, step: int, value: Any, depth: int, made_of: MadeOf) -> None:
+        """Store a computed value for every branch in `rows`, keeping the last `depth` of each, one per step."""
+        entry = Entry(step, tree_map(_owned, value), rows, {b: made_of[b] for b in rows.branches})
+        histories = self._entries.setdefault(place, {})
         for branch in rows.branches:
-            key = (owner, site, branch)
-            if key not in self._entries:
-                self._entries[key] = deque(maxlen=depth)
-            self._entries[key].append(entry)
+            history = histories.setdefault(branch, deque(maxlen=depth))
+            if history and history[-1].step == step:
+                history.pop()
+            history.append(entry)
+        if len(histories) > len(rows.branches):
+            _part_ways(histories)
+        self._bytes = None
 
-    def ready(self, owner: str, site: Site, rows: Rows, depth: int, made_of: Hashable) -> bool:
-        """Whether every branch holds at least `depth` values made of the same things."""
-        return all(len(self._valid(owner, site, b, made_of)) >= depth for b in rows.branches)
+    def ready(self, place: Place, branches: Sequence[str], least: int, made_of: MadeOf) -> bool:
+        """Whether every branch holds at least `least` values made of the same things."""
+        return all(len(self._valid(place, b, made_of)) >= least for b in branches)
 
-    def predict(
-        self, owner: str, site: Site, rows: Rows, predictor: Predictor, step: int, made_of: Hashable
-    ) -> Any:
+    def predict(self, place: Place, rows: Rows, predictor: Predictor, step: int, made_of: MadeOf) -> Any:
         """The predicted value for these rows; branches computed together are predicted together."""
-        histories = [self._valid(owner, site, b, made_of) for b in rows.branches]
+        histories = [self._valid(place, b, made_of) for b in rows.branches]
         first = histories[0]
-        together = all(h == first for h in histories) and all(e.rows == rows for e in first)
-        if together:
+        if all(h == first for h in histories) and all(e.rows == rows for e in first):
             return predictor([(e.step, e.whole) for e in first], step)
         parts = [
             predictor([(e.step, e.part(b)) for e in history], step)
@@ -69,39 +74,49 @@ class Store:
         ]
         return tree_map(lambda *t: torch.cat(t), *parts)
 
-    def last(self, owner: str, site: Site, rows: Rows, made_of: Hashable) -> Entry:
-        """The newest entry of the first branch."""
-        return self._valid(owner, site, rows.branches[0], made_of)[-1]
+    def steps(self, place: Place, branch: str) -> list[int]:
+        """The steps at which what is held for a branch was computed, oldest first."""
+        return [entry.step for entry in self._entries.get(place, {}).get(branch, ())]
 
-    def _valid(self, owner: str, site: Site, branch: str, made_of: Hashable) -> Sequence[Entry]:
-        entries = self._entries.get((owner, site, branch), ())
-        return _Identical(e for e in entries if e.made_of == made_of)
+    def _valid(self, place: Place, branch: str, made_of: MadeOf) -> list[Entry]:
+        mark = made_of[branch]
+        return [e for e in self._entries.get(place, {}).get(branch, ()) if e.made_of[branch] == mark]
+
+    def drop(self, place: Place) -> None:
+        """Forget one site of one handler."""
+        if self._entries.pop(place, None):
+            self._bytes = None
 
     def scramble(self, branch: str) -> None:
         """Overwrite one branch's values with noise (to show that no other branch depends on them)."""
-        for (_, _, name), entries in self._entries.items():
-            if name == branch:
-                for i, e in enumerate(entries):
-                    noise = tree_map(torch.randn_like, e.part(name))
-                    entries[i] = Entry(e.step, noise, Rows((name,), e.rows.samples), e.made_of)
+        for histories in self._entries.values():
+            for i, e in enumerate(histories.get(branch, ())):
+                noise = tree_map(torch.randn_like, e.part(branch))
+                histories[branch][i] = Entry(e.step, noise, Rows((branch,), e.rows.samples), e.made_of)
 
     def clear(self) -> None:
         """Forget everything."""
         self._entries.clear()
+        self._bytes = 0
 
     @property
     def bytes(self) -> int:
         """Bytes held, each tensor counted once."""
-        wholes = {id(e): e for entries in self._entries.values() for e in entries}
-        return sum(t.nbytes for e in wholes.values() for t in tree_leaves(e.whole))
+        if self._bytes is None:
+            entries = {id(e): e for hs in self._entries.values() for history in hs.values() for e in history}
+            self._bytes = sum(t.nbytes for e in entries.values() for t in tree_leaves(e.whole))
+        return self._bytes
 
 
-class _Identical(list[Entry]):
-    """A history that equals another only if it holds the very same entries."""
+def _owned(tensor: Tensor) -> Tensor:
+    """Without its graph, and not a view that would keep a larger tensor alive."""
+    tensor = tensor.detach()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, list) or len(self) != len(other):
-            return False
-        return all(a is b for a, b in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]
+def _part_ways(histories: dict[str, deque[Entry]]) -> None:
+    """Where one branch moved on without another, each keeps its own rows, not the batch they once shared."""
+    for branch, history in histories.items():
+        for i, entry in enumerate(history):
+            if any(entry not in histories.get(other, ()) for other in entry.rows.branches):
+                history[i] = entry.alone(branch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 from ditloom.contracts.backbone import Backbone, Block
@@ -29,6 +30,12 @@ class Surface:
         return len(self.flat)
 
     @cached_property
+    def index_at(self) -> list[int | None]:
+        """The block index of every flat position; None at a transition."""
+        index = {position: i for i, position in enumerate(self.flat)}
+        return [index.get(position) for position in range(len(self.backbone.blocks))]
+
+    @cached_property
     def layouts(self) -> list[Layout]:
         """The layout entering every flat position, and the one entering the head."""
         layouts = [self.layout]
@@ -40,6 +47,16 @@ class Surface:
     def costs(self) -> list[dict[str, int]]:
         """MACs per batch row of every flat position, by site."""
         return [b.macs(layout) for b, layout in zip(self.backbone.blocks, self.layouts, strict=False)]
+
+    @cached_property
+    def block_totals(self) -> list[int]:
+        """MACs per batch row of every flat position."""
+        return [sum(costs.values()) for costs in self.costs]
+
+    @cached_property
+    def per_pair(self) -> list[int]:
+        """MACs of the site "attn" per pair of query and key, at every flat position."""
+        return [_quadratic(b, layout) for b, layout in zip(self.backbone.blocks, self.layouts, strict=False)]
 
     def block(self, index: int) -> Block:
         """Block `index`, 0-based."""
@@ -79,22 +96,37 @@ class Surface:
     def has_stage(self, stage: str, index: int) -> bool:
         """Whether a block has a stage to tap."""
         block = self.block(index)
+        if stage == "skip":
+            return self.flat[index] in self.backbone.skips.values()
+        if stage == "attend":
+            return "attn" in block.sites
         return stage in ("block_in", "block_out") or stage in block.stages or stage in block.sites
 
     def range(self, i: int, j: int) -> Site:
         """The site from block i to block j; refused when a long skip crosses its border."""
         if not 0 <= i < j <= self.blocks:
             raise UserError(f"range({i},{j}) is not inside this model's blocks 0..{self.blocks}")
-        first, last = self.position(i), self.position(j)
-        for consumer, source in self.backbone.skips.items():
-            if (first <= source < last) != (first <= consumer < last):
-                k = min(i, self.blocks - j) or 1
-                raise UserError(
-                    f"range({i},{j}) cannot be reused: the long skip from block {self._name(source)} to block "
-                    f"{self._name(consumer)} crosses its border; range({k},{self.blocks - k}) is self-contained"
-                )
-        cost = sum(sum(c.values()) for c in self.costs[first:last])
+        crossing = self._crossing(i, j)
+        if crossing is not None:
+            consumer, source = crossing
+            a, b = self._nearest(i, j)
+            raise UserError(
+                f"range({i},{j}) cannot be reused: the long skip from block {self._name(source)} to "
+                f"block {self._name(consumer)} crosses its border; range({a},{b}) is self-contained"
+            )
+        cost = sum(self.block_totals[self.position(i) : self.position(j)])
         return block_range(i, j, cost, self.layout.streams)
+
+    def _crossing(self, i: int, j: int) -> tuple[int, int] | None:
+        """A long skip (consumer, source) with one end inside the range and one outside."""
+        inside = range(self.position(i), self.position(j))
+        return next((skip for skip in self.backbone.skips.items() if (skip[0] in inside) != (skip[1] in inside)), None)
+
+    def _nearest(self, i: int, j: int) -> tuple[int, int]:
+        """The self-contained range closest to one that is not."""
+        all_ranges = ((a, b) for a in range(self.blocks) for b in range(a + 1, self.blocks + 1))
+        fitting = (r for r in all_ranges if self._crossing(*r) is None)
+        return min(fitting, key=lambda r: abs(r[0] - i) + abs(r[1] - j))
 
     def keeps_layout(self, site: Site) -> bool:
         """Whether what leaves a range has the layout of what enters it (so that a change can be stored)."""
@@ -109,9 +141,30 @@ class Surface:
         return branch(name)
 
     @cached_property
+    def ends(self) -> dict[str, int]:
+        """MACs per batch row outside the blocks: of every forward, and of "prepare" once per run."""
+        return {"prepare": 0, **self.backbone.end_macs(self.layout)}
+
+    @cached_property
+    def entry(self) -> int:
+        """MACs per batch row of embedding x and time."""
+        return sum(self.ends.values()) - self.ends["prepare"] - self.ends["head"]
+
+    @cached_property
     def total(self) -> int:
-        """MACs of one whole forward per batch row."""
-        return sum(self.backbone.end_macs(self.layout).values()) + sum(sum(c.values()) for c in self.costs)
+        """MACs of one whole forward per batch row; what is prepared once per run is not part of it."""
+        return self.entry + sum(self.block_totals) + self.ends["head"]
 
     def _name(self, flat: int) -> int:
-        return self.flat.index(flat) if flat in self.flat else flat
+        """The block at a flat position; of a transition, the block before it."""
+        return sum(position <= flat for position in self.flat) - 1
+
+
+def _quadratic(block: Block, layout: Layout) -> int:
+    """The quadratic coefficient of what "attn" costs in the number of tokens, by its second difference."""
+    first, *others = layout.spans
+
+    def cost(more: int) -> int:
+        return block.macs(replace(layout, spans=(replace(first, length=first.length + more), *others))).get("attn", 0)
+
+    return (cost(2) - 2 * cost(1) + cost(0)) // 2

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ditloom.contracts.layout import Layout
-from ditloom.contracts.plan import PLAIN, Action, BlockPlan
-from ditloom.sites.edits import EDITS
+from ditloom.contracts.plan import PLAIN, Action, BlockPlan, Edit
+from ditloom.sites.edits import edited, edited_at
 
 
 class Visit:
@@ -43,28 +43,34 @@ class Visit:
         return self._after(site, y)
 
     def _after(self, site: str, y: Any) -> Any:
+        """What leaves a site: kept as it was computed, then tapped. One that has no streams answers to any."""
         if isinstance(y, dict):
             if site in self.plan.keep:
                 self.kept[site] = y
             return {stream: self.tap(site, value, stream) for stream, value in y.items()}
-        return self.tap(site, y)
+        for name in self.plan.keep:
+            if name.partition("@")[0] == site:
+                self.kept[name] = y
+        for edit in self.plan.edits:
+            if edit.stage == site:
+                y = self._edit(edit, y)
+        return y
 
     def tap(self, stage: str, x: Tensor, stream: str = "image") -> Tensor:
         """The tensor at a stage (tokens on axis 1): captured first if asked, then edited."""
-        if stage in self.plan.keep and stage not in self.kept:
-            self.kept[stage] = x
-        if f"{stage}@{stream}" in self.plan.keep:
-            self.kept[f"{stage}@{stream}"] = x
+        for name in (stage, f"{stage}@{stream}"):
+            if name in self.plan.keep and name not in self.kept:
+                self.kept[name] = x
         for edit in self.plan.edits:
             if edit.stage == stage and edit.stream == stream:
-                x = self._edit(edit.op, x, self.given.get(edit.key), edit.number, edit.segment)
+                x = self._edit(edit, x)
         return x
 
-    def _edit(self, op: str, x: Tensor, given: Any, number: float, segment: str | None) -> Tensor:
-        if segment is None:
-            return EDITS[op](x, given, number)
-        at = self.layout.slice(segment)
-        return torch.cat([x[:, : at.start], EDITS[op](x[:, at], given, number), x[:, at.stop :]], dim=1)
+    def _edit(self, edit: Edit, x: Tensor) -> Tensor:
+        given, rows = self.given.get(edit.key), self.given.get(f"{edit.key}.rows")
+        if edit.segment is None:
+            return edited(edit.op, x, given, edit.number, rows)
+        return edited_at(self.layout.slice(edit.segment), edit.op, x, given, edit.number, rows)
 
     def wants(self, stage: str) -> bool:
         """Whether a costly stage (attention logits) must be materialised."""

@@ -37,9 +37,9 @@ DiT-S/2 with 2 to 16 images, fp32 and bf16, eager, compiled and with activation 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one process (beside those of Python and torch themselves), MACs of one image's forward, and seconds.
+    """Bytes of one process (beside those of Python and torch themselves), MACs of one image's forward, and speed.
 
-    activations: what a step takes on top of weights, optimiser and averages, gradients among it. total_seconds and
+    weights: in fp32, their lower-precision copies, and buffers. activations: what a step takes on top of weights, optimiser and averages, gradients among it. total_seconds and
     images_per_second are None unless steps were really run.
     """
 
@@ -74,7 +74,8 @@ class Estimate:
         told.append(f"{self.memory / 1e6:,.0f} MB at the peak of a training step:")
         told += [f"  {size / 1e6:>9,.0f} MB  {name}" for name, size in parts.items()]
         if self.images_per_second is not None and self.total_seconds is not None:
-            told.append(f"{self.images_per_second:.3g} img/s, {duration(self.total_seconds)} for {self.images:,} images")
+            whole = duration(self.total_seconds)
+            told.append(f"{self.images_per_second:.3g} img/s, {whole} for {self.images:,} images")
         return told
 
 
@@ -168,7 +169,8 @@ def simulated(
         for step in range(2):
             meter.peak = meter.live
             learner.learn([batch] * number, step * micro, micro * number)
-        weights = {id(p): p for p in (*learner.step.parameters(), *learner.masters.named.values())}
+        own = (*learner.step.parameters(), *learner.step.buffers(), *learner.masters.named.values())
+        weights = {id(tensor): tensor for tensor in own}
         parts = {
             "weights": sum(tensor.numel() * tensor.element_size() for tensor in weights.values()),
             "optimiser": sum(_bytes(state) for o in learner.optimisers.values() for state in o.state.values()),

@@ -9,7 +9,7 @@ from typing import Any
 from ditloom import model as models
 from ditloom.contracts.data import DataSource
 from ditloom.contracts.errors import UnknownName, UserError
-from ditloom.contracts.registries import BACKBONES, CONDITIONERS, LATENTS
+from ditloom.contracts.registries import CONDITIONERS, LATENTS
 from ditloom.contracts.settings import parse
 from ditloom.training.config import Spec
 
@@ -49,7 +49,7 @@ def family_of(spec: Spec) -> tuple[Any, dict[str, Any]]:
         return type(found), found.to_dict()
     if isinstance(spec, str) or "family" not in spec:
         raise UserError("a backbone needs a 'family' or a 'preset'")
-    return BACKBONES.get(spec["family"]).config_class, {}
+    return models.config_class(spec["family"]), {}
 
 
 def fitted(config: Mapping[str, Any], source: DataSource, size: int | None) -> dict[str, Any]:

@@ -1,0 +1,7 @@
+"""`python -m ditloom.cli`, for launchers that start modules."""
+
+import sys
+
+from ditloom.cli import main
+
+sys.exit(main())

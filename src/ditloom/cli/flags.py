@@ -1,0 +1,61 @@
+"""Arguments to a command object: tyro reads them; mistakes become one sentence that names the nearest option."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import TypeVar, get_type_hints
+
+import tyro
+
+from ditloom.cli.command import Command
+from ditloom.contracts.errors import UnknownName, UserError
+
+C = TypeVar("C", bound=Command)
+HELP = frozenset(("-h", "--help"))
+
+
+def parsed(command: type[C], name: str, arguments: Sequence[str]) -> C:
+    """The command with its options filled in; `SystemExit(0)` after --help."""
+    for flag in _flags_in(arguments):
+        if flag not in known_flags(command):
+            raise UnknownName(f"option of {name}", flag, known_flags(command) - HELP)
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(
+                command, prog=f"ditloom {name}", args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,)
+            )
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        raise UserError(f"{sentence_of(told.getvalue())}; ditloom {name} --help lists the options") from None
+
+
+def known_flags(command: type[Command]) -> frozenset[str]:
+    """Every option, as it is written."""
+    hints = get_type_hints(command, include_extras=True)
+    named = [f.name for f in fields(command) if tyro.conf.Positional not in getattr(hints[f.name], "__metadata__", ())]
+    return HELP | {f"--{name.replace('_', '-')}" for name in named}
+
+
+def _flags_in(arguments: Sequence[str]) -> Iterator[str]:
+    """What looks like an option: --word, -w; not -1.5, and nothing after a bare --."""
+    for argument in arguments:
+        if argument == "--":
+            return
+        if argument.startswith("--") or (argument.startswith("-") and argument[1:2].isalpha()):
+            yield argument.partition("=")[0].replace("_", "-")
+
+
+def sentence_of(box: str) -> str:
+    """The complaint inside the frame that tyro draws around it, up to its first rule or blank line."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    said: list[str] = []
+    for line in lines:
+        if not line or set(line) == {"─"}:
+            break
+        said.append(line)
+    return " ".join(said).rstrip(".").removeprefix("Error parsing ") or "the options could not be read"

@@ -1,0 +1,168 @@
+"""Every block of every family under plans: captures, edits, reuse, rows, mixes, and what they cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ditloom.contracts.backbone import Backbone
+from ditloom.contracts.plan import Action, BlockPlan, Edit
+from tests.backbones.tiny import TINY, embedded, inputs, make, planned
+
+
+@pytest.fixture(params=list(TINY))
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    return make(request.param)
+
+
+def both(backbone: Backbone, plans: Any) -> tuple[Tensor, dict[int, dict[str, Any]]]:
+    return planned(backbone, *inputs(backbone), plans)
+
+
+def names(backbone: Backbone, index: int) -> list[str]:
+    block = backbone.blocks[index]
+    return [*block.stages, *block.sites]
+
+
+@torch.no_grad()
+def test_the_loop_is_the_forward(backbone: Backbone) -> None:
+    assert torch.equal(both(backbone, {})[0], backbone(*inputs(backbone)))
+
+
+@torch.no_grad()
+def test_capturing_every_stage_changes_nothing_and_putting_it_back_neither(backbone: Backbone) -> None:
+    plain = backbone(*inputs(backbone))
+    streams = embedded(backbone, *inputs(backbone))[0].layout.streams
+    keep = {i: (BlockPlan(keep=_asked(backbone, i, streams)), {}) for i in range(len(backbone.blocks))}
+    captured, kept = both(backbone, keep)
+    assert torch.equal(captured, plain)
+    back = {}
+    for i, found in kept.items():
+        assert {f"{name}@image" for name in names(backbone, i) if name != "logits"} - found.keys() <= {"mlp_text@image"}
+        given = {k: v for k, v in found.items() if "@" in k}
+        edits = tuple(Edit(k.split("@")[0], "replace", k, k.split("@")[1]) for k in given)
+        back[i] = (BlockPlan(edits=edits), given)
+    assert torch.equal(both(backbone, back)[0], plain)
+
+
+def _asked(backbone: Backbone, index: int, streams: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{name}@{s}" for name in names(backbone, index) if name != "logits" for s in streams)
+
+
+@torch.no_grad()
+def test_every_stage_is_heard(backbone: Backbone) -> None:
+    """Adding noise at any one stage of the first block changes the output."""
+    plain, kept = both(backbone, {0: (BlockPlan(keep=_asked(backbone, 0, ("image",))), {})})
+    for key, value in kept[0].items():
+        edit = Edit(key.removesuffix("@image"), "add", "noise")
+        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+        out, _ = both(backbone, {0: (BlockPlan(edits=(edit,)), {"noise": noise})})
+        assert not torch.allclose(out, plain, atol=1e-4), key
+
+
+@torch.no_grad()
+def test_logits_are_those_of_the_attention(backbone: Backbone) -> None:
+    keep = ("logits", "v_proj@image", "attn_heads@image")
+    streams = embedded(backbone, *inputs(backbone))[0].layout.streams
+    if len(streams) > 1:
+        keep = ("logits", *(f"{k}@{s}" for k in ("v_proj", "attn_heads") for s in streams))
+    _, kept = planned(backbone, *inputs(backbone, masked=False), {0: (BlockPlan(keep=keep), {})})
+    v = torch.cat([kept[0][f"v_proj@{s}"] for s in streams], 1)
+    heads = torch.cat([kept[0][f"attn_heads@{s}"] for s in streams], 1)
+    again = torch.einsum("bhqk,bkhd->bqhd", kept[0]["logits"].softmax(-1), v).flatten(2)
+    torch.testing.assert_close(again, heads, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_reusing_what_was_kept_changes_nothing_and_saves_its_cost(backbone: Backbone) -> None:
+    plain = backbone(*inputs(backbone))
+    layout = embedded(backbone, *inputs(backbone))[0].layout
+    full = macs_of(backbone, {})
+    for i, block in enumerate(backbone.blocks):
+        for site in block.sites:
+            _, kept = both(backbone, {i: (BlockPlan(keep=(site,)), {})})
+            plan = {i: (BlockPlan(actions=((site, Action.REUSE),)), {site: kept[i][site]})}
+            assert torch.equal(both(backbone, plan)[0], plain), (i, site)
+            assert full - macs_of(backbone, plan) == 3 * block.macs(layout)[site], (i, site)
+
+
+def macs_of(backbone: Backbone, plans: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        both(backbone, plans)
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def test_skipping_a_site_is_reusing_zero(backbone: Backbone) -> None:
+    plain = backbone(*inputs(backbone))
+    for site in backbone.blocks[1].sites:
+        _, kept = both(backbone, {1: (BlockPlan(keep=(site,)), {})})
+        zero = torch.utils._pytree.tree_map(torch.zeros_like, kept[1][site])
+        skipped = both(backbone, {1: (BlockPlan(actions=((site, Action.SKIP),)), {})})[0]
+        assert torch.equal(both(backbone, {1: (BlockPlan(actions=((site, Action.REUSE),)), {site: zero})})[0], skipped)
+        assert not torch.equal(skipped, plain)
+
+
+@torch.no_grad()
+def test_rows_computed_afresh(backbone: Backbone) -> None:
+    """All rows: the plain output. Some rows: those are fresh, the others as stored."""
+    plain, kept = both(backbone, {1: (BlockPlan(keep=("mlp",)), {})})
+    fresh = kept[1]["mlp"]
+    every = torch.stack([torch.randperm(fresh.shape[1], generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    rows = BlockPlan(actions=(("mlp", Action.ROWS),), keep=("mlp",))
+    out, _ = both(backbone, {1: (rows, {"mlp": torch.zeros_like(fresh), "mlp.rows": every})})
+    torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
+    _, some = both(backbone, {1: (rows, {"mlp": torch.zeros_like(fresh), "mlp.rows": every[:, :5]})})
+    chosen = torch.zeros(fresh.shape[:2], dtype=torch.bool).scatter(1, every[:, :5], True)
+    torch.testing.assert_close(some[1]["mlp"][chosen], fresh[chosen], rtol=1e-5, atol=1e-5)
+    assert not some[1]["mlp"][~chosen].any()
+
+
+@torch.no_grad()
+def test_a_mix_is_between_computed_and_stored(backbone: Backbone) -> None:
+    plain, kept = both(backbone, {1: (BlockPlan(keep=("attn",)), {})})
+    stored = torch.utils._pytree.tree_map(lambda v: 2 * v, kept[1]["attn"])
+    for weight, expected in ((1.0, kept[1]["attn"]), (0.0, stored)):
+        given = {"attn": stored, "attn.mix": torch.tensor(weight)}
+        mix = both(backbone, {1: (BlockPlan(actions=(("attn", Action.MIX),)), given)})[0]
+        reuse = {1: (BlockPlan(actions=(("attn", Action.REUSE),)), {"attn": expected})}
+        torch.testing.assert_close(mix, both(backbone, reuse)[0])
+    assert torch.isfinite(plain).all()
+
+
+@torch.no_grad()
+def test_counted_macs_are_the_executed_ones(backbone: Backbone) -> None:
+    x, t, condition = inputs(backbone, batch=1)
+    with FlopCounterMode(display=False) as counter:
+        backbone(x, t, condition)
+    layout = embedded(backbone, x, t, condition)[0].layout
+    assert counter.get_total_flops() == 2 * backbone.macs(layout)
+
+
+def test_compiled_blocks_compute_the_same_in_one_graph_per_kind(backbone: Backbone) -> None:
+    args = inputs(backbone)
+    plain = backbone(*args)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in backbone.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(backbone(*args), plain, rtol=1e-5, atol=1e-5)
+    kinds = len({type(block) for block in backbone.blocks})
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == kinds
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor_too(backbone: Backbone) -> None:
+    args = inputs(backbone)
+    plain = backbone(*args)
+    torch._dynamo.reset()
+    for block in backbone.blocks:
+        block.compile(fullgraph=True)
+    torch.testing.assert_close(backbone(*args), plain, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
