@@ -293,7 +293,7 @@ def contact_sheet(model: Autoencoder, images: Tensor, path: Path, columns: int =
     lines = [torch.cat(rows[i : i + columns], dim=2) for i in range(0, len(rows) - columns + 1, columns)]
     pixels = ((torch.cat(lines, dim=1) + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     sheet = Image.fromarray(pixels)
-    sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.LANCZOS).save(path, optimize=True)
+    sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST).save(path, optimize=True)
 
 
 def train(recipe: Recipe) -> None:

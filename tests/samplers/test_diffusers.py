@@ -139,6 +139,15 @@ def test_dpm_solver(prediction, order, steps):
 
 
 @pytest.mark.parametrize("steps", [8, 25])
+def test_dpm_solver_on_a_grid_that_ends_above_zero(steps):
+    """Its last step is first order when there are fewer than 15, and only then."""
+    scheduler = diffusers.DPMSolverMultistepScheduler(timestep_spacing="linspace", final_sigmas_type="sigma_min")
+    scheduler.set_timesteps(steps)
+    grid = (torch.cat([scheduler.timesteps, torch.zeros(1)]).double() + 1) / 1000
+    compare(sampler("dpmpp-2m"), DiscreteVP(), scheduler, index, grid, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("steps", [8, 25])
 def test_sde_dpm_solver(steps, shared_noise):
     scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", timestep_spacing="linspace")
     scheduler.set_timesteps(steps)

@@ -164,6 +164,18 @@ def test_midpoint_is_rf_solvers_taylor_step():
     torch.testing.assert_close(step.x, taylor)
 
 
+def test_fireflow_reuses_the_last_midpoint_velocity():
+    x, reused = start_for((0, 1)).double(), None
+    times = [1.0, 0.8, 0.5, 0.3]
+    steps = list(sampler("fireflow").sample(network, x, torch.tensor(times).double(), FLOW, no_noise))
+    for step, t, t_next in zip(steps, times, times[1:], strict=False):
+        reused = network(x, t, step=0).v if reused is None else reused
+        middle = (t + t_next) / 2
+        reused = network(x + (middle - t) * reused, middle, step=0).v
+        x = x + (t_next - t) * reused
+        torch.testing.assert_close(step.x, x, rtol=1e-6, atol=1e-6)
+
+
 def test_no_churn_is_deterministic_and_churn_is_not():
     plain, churned = (run("edm", churn=c) for c in (0.0, 5.0))
     solver = sampler("edm")

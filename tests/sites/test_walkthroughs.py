@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +14,14 @@ from torch.utils._pytree import tree_map
 from ditloom.contracts.backbone import Backbone
 from ditloom.contracts.clock import Window
 from ditloom.contracts.condition import Condition
-from ditloom.contracts.method import Handler, Tap, mean_change
+from ditloom.contracts.method import Tap, mean_change
 from ditloom.contracts.plan import Action, BlockPlan, Edit
 from ditloom.contracts.streams import Context, Streams
 from ditloom.sites.compiling import compile_blocks
 from ditloom.sites.rules import Isolate, Padding, Rule, Term, rule, settle
 from ditloom.sites.run import Run
 from tests.sites import toys
+from tests.sites.driving import STEPS, by_hand, by_run, loop
 from tests.sites.walkthroughs import (
     Added,
     Broadcast,
@@ -32,15 +33,19 @@ from tests.sites.walkthroughs import (
     SomeRows,
 )
 
-STEPS = 6
-NAMES = ["mmdit", "u-vit", "u-toy", "dit"]
-Call = Callable[[int, Any, Streams, Context, dict[str, Any]], tuple[Streams, dict[str, Any]]]
+TRACED = ("dit", "mmdit")
 
 
-@pytest.fixture(params=["eager", "compiled"])
-def mode(request: pytest.FixtureRequest) -> Iterator[str]:
+def modes(*names: str, traced: tuple[str, ...] = TRACED) -> Any:
+    """Every family eagerly and compiled per block; tracing is slow, so most of it is left to the long checks."""
+    compiled = [pytest.param(n, "compiled", marks=() if n in traced else pytest.mark.slow) for n in names]
+    return pytest.mark.parametrize("name, mode", [*((n, "eager") for n in names), *compiled])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
-    yield request.param
+    yield
     torch._dynamo.reset()
 
 
@@ -48,58 +53,15 @@ def prepared(name: str, mode: str) -> Backbone:
     """A toy; compiled means traced per block in full graphs, where a graph break is an error."""
     model = toys.make(name)
     if mode == "compiled":
-        compile_blocks(model, plans=4, backend="eager")
+        compile_blocks(model, backend="eager")
     return model
-
-
-def by_run(model: Backbone, handlers: Sequence[Handler], branches: tuple[str, ...] = ("cond", "uncond")) -> tuple[Tensor, Run]:
-    """A short guided trajectory through `Run`."""
-    plan = toys.schedule(model, STEPS, branches)
-    run = Run(model, handlers, schedule=plan, conditions=toys.conditions(model, 2, branches))
-    x = toys.latent()
-    with torch.no_grad():
-        for s in range(STEPS):
-            out = run.predict(x, plan.clock(s))
-            x = x - 0.2 * (out["cond"] + (out["uncond"] if "uncond" in out else 0))
-    return x, run
-
-
-def by_hand(model: Backbone, step: Callable[[int, Streams, Context], Streams]) -> Tensor:
-    """The same trajectory with `step(s, streams, context)` in place of the blocks."""
-    plan = toys.schedule(model, STEPS)
-    conditions = toys.conditions(model)
-    memory = model.prepare(Condition.cat([conditions["cond"], conditions["uncond"]]))
-    x = toys.latent()
-    with torch.no_grad():
-        for s in range(STEPS):
-            time = torch.full((4,), plan.native[s], dtype=torch.float64)
-            streams, context = model.embed(torch.cat([x, x]), time, memory)
-            out = model.head(step(s, streams, context), context)
-            x = x - 0.2 * (out[:2] + out[2:])
-    return x
-
-
-def loop(model: Backbone, streams: Streams, context: Context, call: Call | None = None, start: int = 0, stop: int | None = None) -> Streams:
-    """All flat positions start..stop with long skips; `call` may act on blocks (given their index among blocks)."""
-    saved: dict[int, Any] = {}
-    index = -1
-    for p, block in enumerate(model.blocks):
-        index += not block.is_transition
-        given = {"skip": saved[model.skips[p]]} if p in model.skips else {}
-        if start <= p < (len(model.blocks) if stop is None else stop):
-            if call is None or block.is_transition:
-                streams, _ = block(streams, context, None, given)
-            else:
-                streams, _ = call(index, block, streams, context, given)
-        saved[p] = streams.tokens
-    return streams
 
 
 def subtract(a: Streams, b: Streams) -> dict[str, Tensor]:
     return {k: a.tokens[k] - b.tokens[k] for k in a.tokens}
 
 
-@pytest.mark.parametrize("name", ["mmdit", "u-toy", "dit"])
+@modes("mmdit", "u-toy", "dit")
 def test_first_block_cache(name: str, mode: str) -> None:
     """1: a change over a range, reused while the first block's change stays alike."""
     threshold = 0.35
@@ -109,7 +71,7 @@ def test_first_block_cache(name: str, mode: str) -> None:
 
     def step(s: int, streams: Streams, context: Context) -> Streams:
         before = streams
-        after = loop(model, streams, context, stop=1)
+        after = loop(model, streams, context, last=1)
         residual = (after["image"] - before["image"])[:2]
         if s and float(mean_change(residual, state["residual"])) < threshold:
             state["reused"] += 1
@@ -138,7 +100,7 @@ def continued(model: Backbone, before: Streams, context: Context, after: Streams
     return streams
 
 
-@pytest.mark.parametrize("name", NAMES)
+@modes(*toys.NAMES)
 def test_attention_broadcast(name: str, mode: str) -> None:
     """2: attention outputs before the gate, reused inside a window, whatever the block's kind."""
     model = prepared(name, mode)
@@ -164,7 +126,7 @@ def test_attention_broadcast(name: str, mode: str) -> None:
     assert run.report.count("attn", Action.REUSE) == 2 * 3 * attentions
 
 
-@pytest.mark.parametrize("name", NAMES)
+@modes(*toys.NAMES)
 def test_rows_of_the_mlp(name: str, mode: str) -> None:
     """3: some tokens of the MLP computed afresh, the others kept."""
     model = prepared(name, mode)
@@ -189,7 +151,7 @@ def test_rows_of_the_mlp(name: str, mode: str) -> None:
     assert 0 < run.report.share_saved < 0.5
 
 
-@pytest.mark.parametrize("name", NAMES)
+@modes(*toys.NAMES)
 def test_key_value_injection(name: str, mode: str) -> None:
     """4: keys and values of row 0 in the other rows, before the norm; row 0 itself never changes."""
     model = prepared(name, mode)
@@ -213,7 +175,7 @@ def test_key_value_injection(name: str, mode: str) -> None:
     assert not torch.allclose(got[1], plain[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mmdit", "dit"])
+@modes("mmdit", "dit")
 def test_static_segment(name: str, mode: str) -> None:
     """5: a condition segment at time 0; keys and values kept after the first step equal running it every step."""
     model = prepared(name, mode)
@@ -237,7 +199,7 @@ def test_static_segment(name: str, mode: str) -> None:
     assert not torch.allclose(got, plain, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mmdit", "dit"])
+@modes("mmdit", "dit")
 def test_two_attentions_mixed_by_region(name: str, mode: str) -> None:
     """6: gate * attention without some keys + (1 - gate) * plain attention, per query token."""
     model = prepared(name, mode)
@@ -278,7 +240,7 @@ def mix_heads(key: str, masked: Tensor, plain: Tensor, gate: Tensor, streams: St
     return g * masked + (1 - g) * plain
 
 
-@pytest.mark.parametrize("name", NAMES)
+@modes(*toys.NAMES)
 def test_captures_with_gradients_under_checkpointing(name: str, mode: str) -> None:
     """7: features and attention logits captured for a loss; checkpointing changes neither values nor gradients."""
     model = prepared(name, mode)
@@ -303,7 +265,7 @@ def test_captures_with_gradients_under_checkpointing(name: str, mode: str) -> No
     assert plain[1].shape[1:] == (4, *[plain[1].shape[-1]] * 2)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@modes(*toys.NAMES)
 def test_learned_gate_in_training(name: str, mode: str) -> None:
     """8: y = score * computed + (1 - score) * stored; the gradient of the score is that of the hand-written loop."""
     model = prepared(name, mode)
@@ -340,7 +302,7 @@ def test_learned_gate_in_training(name: str, mode: str) -> None:
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@modes(*toys.NAMES)
 def test_gradient_on_a_latent_stops_after_a_block(name: str, mode: str) -> None:
     """9: a feature loss moves the latent; nothing after the block runs."""
     model = prepared(name, mode)
@@ -362,11 +324,11 @@ def test_gradient_on_a_latent_stops_after_a_block(name: str, mode: str) -> None:
     y = toys.latent().requires_grad_()
     time = torch.full((2,), plan.native[0], dtype=torch.float64)
     streams, context = model.embed(y, time, model.prepare(toys.condition(model, 2)))
-    (expected,) = torch.autograd.grad(loop(model, streams, context, stop=2)["image"].square().sum(), [y])
+    (expected,) = torch.autograd.grad(loop(model, streams, context, last=2)["image"].square().sum(), [y])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["dit", pytest.param("mmdit", marks=pytest.mark.slow)])
 def test_no_recompilation_after_warm_up(name: str) -> None:
     """A second run with the same plans compiles nothing."""
     torch._dynamo.reset()

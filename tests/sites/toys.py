@@ -9,17 +9,48 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ditloom.backbones.dit import DiT, DiTBlock, DiTConfig
-from ditloom.backbones.mmdit import MMDiTConfig
-from ditloom.backbones.u_vit import UViTConfig
+from ditloom.backbones.dit import DiT, DiTConfig
+from ditloom.backbones.mmdit import MMDiT, MMDiTConfig
+from ditloom.backbones.u_vit import UViT, UViTConfig
 from ditloom.contracts.backbone import NOTHING, Backbone, Transition
 from ditloom.contracts.clock import Schedule
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.layout import Layout, Span
 from ditloom.contracts.streams import Context, Streams
+from ditloom.parts import cost
 from ditloom.parts.patches import unpatchify
 
 SIZE, CHANNELS = 8, 4
+NAMES = ("mmdit", "u-vit", "u-toy", "dit")
+FAMILIES = ("mmdit", "u-vit", "u-toy", "dit", "u-vit-text", "mmdit-dual")
+
+
+class ToyDiT(DiT):
+    """A DiT that names the cost of one time embedding apart."""
+
+    def end_macs(self, layout: Layout) -> dict[str, int]:
+        ends, time = super().end_macs(layout), cost.linears(self.t_embedder, 1)
+        return {**ends, "embed": ends["embed"] - time, "time": time}
+
+
+class ToyMMDiT(MMDiT):
+    """An MMDiT that names apart what is prepared once per run, and one time embedding."""
+
+    def end_macs(self, layout: Layout) -> dict[str, int]:
+        ends, time = super().end_macs(layout), cost.linears(self.t_embedder, 1)
+        prepare = cost.linear(self.text_embedder, layout.span("text").length)
+        if self.pooled_embedder is not None:
+            prepare += cost.linears(self.pooled_embedder, 1)
+        return {**ends, "embed": ends["embed"] - time - prepare, "time": time, "prepare": prepare}
+
+
+class ToyUViT(UViT):
+    """A U-ViT that names apart what is prepared once per run."""
+
+    def end_macs(self, layout: Layout) -> dict[str, int]:
+        ends = super().end_macs(layout)
+        prepare = cost.linear(self.text_embedder, layout.span("text").length) if self.text_embedder else 0
+        return {**ends, "embed": ends["embed"] - prepare, "prepare": prepare}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +93,7 @@ class Upsample(Transition):
         return Streams({"image": x + given["skip"]["image"]}, self.after(streams.layout)), {}
 
 
-class UToy(DiT):
+class UToy(ToyDiT):
     """Flat list: block, block, pool, block, block, upsample (skip from block 1), block, block."""
 
     skips: ClassVar[Mapping[int, int]] = {5: 1}
@@ -87,19 +118,23 @@ def randomise(model: nn.Module, seed: int = 0) -> Any:
     return model.eval()
 
 
+SHAPE: dict[str, Any] = {"width": 64, "heads": 4, "image_size": SIZE, "channels": CHANNELS}
+TEXT, POOLED, WORDS = 32, 16, 6
+MODELS: dict[str, Any] = {
+    "dit": lambda: ToyDiT(DiTConfig(depth=5, classes=10, learn_sigma=False, **SHAPE)),
+    "u-toy": lambda: UToy(UToyConfig(depth=6, classes=10, learn_sigma=False, **SHAPE)),
+    "mmdit": lambda: ToyMMDiT(MMDiTConfig(depth=4, text_width=TEXT, pooled_width=POOLED, qk_norm="rms", **SHAPE)),
+    "mmdit-dual": lambda: ToyMMDiT(MMDiTConfig(depth=4, text_width=TEXT, pooled_width=POOLED, dual=(0, 2), **SHAPE)),
+    "u-vit": lambda: ToyUViT(UViTConfig(depth=4, classes=10, **SHAPE)),
+    "u-vit-text": lambda: ToyUViT(UViTConfig(depth=4, text_width=TEXT, text_tokens=8, **SHAPE)),
+}
+
+
 def make(name: str, seed: int = 0) -> Backbone:
     """A tiny randomised backbone by name."""
-    configs: dict[str, Any] = {
-        "dit": DiTConfig(depth=5, width=64, heads=4, image_size=SIZE, channels=CHANNELS, classes=10, learn_sigma=False),
-        "u-toy": UToyConfig(depth=6, width=64, heads=4, image_size=SIZE, channels=CHANNELS, classes=10, learn_sigma=False),
-        "mmdit": MMDiTConfig(
-            depth=4, width=64, heads=4, image_size=SIZE, channels=CHANNELS, text_width=32, pooled_width=16, qk_norm="rms"
-        ),
-        "u-vit": UViTConfig(depth=4, width=64, heads=4, image_size=SIZE, channels=CHANNELS, classes=10),
-    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return randomise(configs[name].build(), seed)
+        return randomise(MODELS[name](), seed)
 
 
 def conditions(model: Backbone, samples: int = 2, branches: tuple[str, ...] = ("cond", "uncond")) -> dict[str, Condition]:
@@ -107,11 +142,12 @@ def conditions(model: Backbone, samples: int = 2, branches: tuple[str, ...] = ("
     return {name: condition(model, samples, seed=k) for k, name in enumerate(branches)}
 
 
-def condition(model: Backbone, samples: int, seed: int = 0) -> Condition:
+def condition(model: Backbone, samples: int, seed: int = 0, words: int = WORDS) -> Condition:
     """A random condition of the kind the model takes."""
     g = torch.Generator().manual_seed(seed)
-    if model.preset.family == "mmdit":
-        text, pooled = torch.randn(samples, 6, 32, generator=g), torch.randn(samples, 16, generator=g)
+    if getattr(model.preset, "text_width", 0):
+        text = torch.randn(samples, words, TEXT, generator=g)
+        pooled = torch.randn(samples, POOLED, generator=g) if hasattr(model, "pooled_embedder") else None
         return Condition(text=text, pooled=pooled)
     return Condition(label=torch.randint(10, (samples,), generator=g))
 

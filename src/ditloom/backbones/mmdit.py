@@ -26,13 +26,13 @@ from ditloom.parts.checks import check_pooled, check_rows, check_text
 from ditloom.parts.embedders import TimeEmbedding, VectorEmbedding
 from ditloom.parts.feed_forward import MLP
 from ditloom.parts.heads import Head
-from ditloom.parts.joint import joint_attention, joint_macs
+from ditloom.parts.joint import joint_attention, joint_macs, within
 from ditloom.parts.modulation import AdaLN
 from ditloom.parts.norms import LayerNorm, modulate
 from ditloom.parts.patches import PatchEmbed, normal_linears_, unpatchify, xavier_linears_, xavier_patches_, zero_
 from ditloom.parts.segments import check_streams, join, main_modulation, modulation, span_of
 from ditloom.parts.tables import CroppedTable
-from ditloom.sites.rules import Settled, with_padding
+from ditloom.sites.rules import with_padding
 from ditloom.sites.visit import BareVisit, Visit, take_rows, visit
 
 
@@ -186,12 +186,10 @@ class DualMMDiTBlock(MMDiTBlock):
         self, x: Tensor, entered: Tensor, m: list[Tensor], layout: Layout, context: Context, at: Visit | BareVisit
     ) -> Tensor:
         h = modulate(self.image.norm1(entered), m[6], m[7])
-        # the rule was worked out for all streams; among the image's own segments it is another, mostly no rule at all
-        rule = context.rule.rule if isinstance(context.rule, Settled) else context.rule
-        inner = Context(rotary=context.rotary, rule=rule, gates=context.gates)
+        alone, inner = image_only(layout), within(context, layout, "image")
 
         def attend(h: Tensor) -> Tensor:
-            return joint_attention({"image": self.attn2}, {"image": h}, image_only(layout), inner)["image"]
+            return joint_attention({"image": self.attn2}, {"image": h}, alone, inner)["image"]
 
         return torch.addcmul(x, m[8], at.around("attn2", attend, h))
 

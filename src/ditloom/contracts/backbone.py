@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,8 @@ class BackboneConfig:
             raise UnknownName(f"{cls.__name__} setting", key, known)
         if isinstance(given.get("time"), Mapping):
             given["time"] = TimeInput(**given["time"])
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        return cls(**plain)
 
 
 class Block(nn.Module):
@@ -76,6 +77,10 @@ class Block(nn.Module):
     def modulated_in(self, streams: Streams, context: Context) -> Tensor:
         """What the first sub-module reads: normed and modulated tokens; a probe, without side effects."""
         raise NotImplementedError(f"{type(self).__name__} has no modulated input")
+
+    def modulated_in_macs(self, layout: Layout) -> int:
+        """Multiply-accumulates per batch row of that probe: by default what belongs to no site, the modulation."""
+        return self.macs(layout).get("rest", 0)
 
     def after(self, layout: Layout) -> Layout:
         """The layout of the streams it returns."""
@@ -123,7 +128,10 @@ class Backbone(nn.Module):
 
     @abstractmethod
     def end_macs(self, layout: Layout) -> dict[str, int]:
-        """Multiply-accumulates per batch row outside the blocks: "embed" and "head"."""
+        """Multiply-accumulates per batch row outside the blocks: "embed" and "head".
+
+        A family may name apart "prepare", what a run does once, and "time", one time embedding.
+        """
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """The prediction for x at noise level t [B] in [0, 1]."""
@@ -163,7 +171,7 @@ class Backbone(nn.Module):
     def macs(self, layout: Layout) -> int:
         """Multiply-accumulates of one forward per batch row, counted from the modules and the layout."""
         total = sum(self.end_macs(layout).values())
-        for block in self.blocks:
+        for block in cast("Sequence[Block]", self.blocks):
             total += sum(block.macs(layout).values())
             layout = block.after(layout)
         return total
@@ -182,4 +190,5 @@ def check_size(x: Tensor, channels: int, patch: int, family: str) -> None:
     height, width = x.shape[2:]
     if height % patch or width % patch:
         fits = f"{height // patch * patch or patch}x{width // patch * patch or patch}"
-        raise UserError(f"{family} takes sizes that are multiples of its patch, {patch}; got {height}x{width}, try {fits}")
+        given = f"got {height}x{width}, try {fits}"
+        raise UserError(f"{family} takes sizes that are multiples of its patch, {patch}; {given}")

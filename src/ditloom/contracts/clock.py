@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ditloom.contracts.errors import UserError
+
 Purpose = Literal["sample", "optimise", "teacher", "search"]
 
 
@@ -75,17 +77,23 @@ class Window:
     """Half-open part of a schedule [start, end): by step index, by fraction of the steps, or by noise level.
 
     A fraction f of S steps means the steps s < int(f S). For `noise` a step is inside when end < t <= start is
-    read as noise levels: start is the noisier bound.
+    read as noise levels: start is the noisier bound (1, 0 is everything).
     """
 
     start: float = 0.0
     end: float = 1.0
     unit: Literal["index", "fraction", "noise"] = "fraction"
 
+    def __post_init__(self) -> None:
+        first, last = (self.end, self.start) if self.unit == "noise" else (self.start, self.end)
+        if first > last:
+            order = "the noisier bound comes first" if self.unit == "noise" else "the start comes first"
+            raise UserError(f"window {self.start:g} to {self.end:g} by {self.unit} is empty: {order}")
+
     def contains(self, clock: Clock) -> bool:
         """Whether the step of this clock lies inside."""
         if self.unit == "index":
             return self.start <= clock.step < self.end
         if self.unit == "noise":
-            return self.end < clock.t < self.start
+            return self.end < clock.t <= self.start
         return int(self.start * clock.steps) <= clock.step < int(self.end * clock.steps)

@@ -49,9 +49,18 @@ class Condition:
         return self.map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
 
     @staticmethod
+    def aligned(parts: Sequence[Condition]) -> Sequence[Condition]:
+        """The same batches with texts of one length and, if any has one, a mask: what `cat` joins."""
+        lengths = {p.text.shape[1] for p in parts if p.text is not None}
+        masked = {p.text_mask is not None for p in parts if p.text is not None}
+        if len(lengths) < 2 and len(masked) < 2:
+            return parts
+        return [_pad(p, max(lengths)) if p.text is not None else p for p in parts]
+
+    @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:
         """Stack batches; texts of unequal length are padded with masked zeros."""
-        parts = _padded(parts)
+        parts = Condition.aligned(parts)
         joined: dict[str, Tensor | None] = {}
         for name in ("label", "text", "text_mask", "pooled"):
             values = [getattr(p, name) for p in parts]
@@ -61,14 +70,6 @@ class Condition:
             joined[name] = torch.cat(present) if present else None
         extra = {k: torch.cat([p.extra[k] for p in parts]) for k in parts[0].extra}
         return Condition(**joined, extra=extra)
-
-
-def _padded(parts: Sequence[Condition]) -> Sequence[Condition]:
-    lengths = {p.text.shape[1] for p in parts if p.text is not None}
-    masked = any(p.text_mask is not None for p in parts)
-    if len(lengths) < 2 and not (masked and any(p.text is not None and p.text_mask is None for p in parts)):
-        return parts
-    return [_pad(p, max(lengths)) for p in parts]
 
 
 def _pad(part: Condition, length: int) -> Condition:

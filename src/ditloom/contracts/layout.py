@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 Modulation = Literal["t", "zero", "own"]
+Place = slice
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,16 @@ class Layout:
         """Tokens of one stream, or of all."""
         return sum(span.length for span in self.spans if stream in (None, span.stream))
 
-    def slice(self, name: str) -> slice:
+    def slice(self, name: str) -> Place:
         """Where a segment lies inside its own stream."""
         span = self.span(name)
         return _slice_of(self.of(span.stream), name)
 
-    def joint_slice(self, name: str) -> slice:
+    def joint_slice(self, name: str) -> Place:
         """Where a segment lies in the joint sequence of all streams."""
         return _slice_of([s for stream in self.streams for s in self.of(stream)], name)
 
-    def stream_slice(self, stream: str) -> slice:
+    def stream_slice(self, stream: str) -> Place:
         """Where a stream lies in the joint sequence."""
         start = 0
         for name in self.streams:

@@ -32,9 +32,13 @@ class Codec(Protocol):
 
 
 class Predictor(Protocol):
-    """A stored value's estimate at step s from the computed ones: `history` holds (step, z), newest last."""
+    """A stored value's estimate at step s from the computed ones: `history` holds (step, z), newest last.
 
-    depth: int
+    depth: how many are kept; so many must be there, unless the predictor has an attribute `least` that says fewer.
+    """
+
+    @property
+    def depth(self) -> int: ...
 
     def __call__(self, history: Sequence[tuple[int, Any]], step: int) -> Any: ...
 
@@ -94,7 +98,8 @@ class Handler:
     """What acts during a run. Every part has an empty default; a handler implements the few it needs.
 
     A handler may also be an `nn.Module` with parameters of its own. It keeps what it learns within a run in the
-    `memo` dict it is handed, which is new for each run, and never in itself.
+    `memo` dict it is handed, and never in itself. The memo is new for each run; of a handler that controls sites it
+    is emptied when the latent is changed from outside, together with what is stored.
     """
 
     key: str = ""
@@ -121,7 +126,7 @@ class Handler:
         raise NotImplementedError
 
     def observe(self, clock: Clock, outputs: Mapping[str, Tensor], memo: dict[str, Any]) -> None:
-        """After a step: the predictions of each branch that was really computed."""
+        """After the first evaluation of a sampling step: the predictions of each branch that was really computed."""
 
     def rows(self, site: Site, clock: Clock, rows: Rows, memo: dict[str, Any]) -> Tensor:
         """For action ROWS: token indices [B, k] to compute afresh."""

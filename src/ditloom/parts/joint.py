@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from ditloom.contracts.layout import Layout
 from ditloom.contracts.streams import Context
 from ditloom.parts import cost
 from ditloom.parts.attention import Projections, attend
+from ditloom.sites.rules import Gates, Padding, Plan, Settled
 from ditloom.sites.visit import BARE, BareVisit, Visit
 
 
@@ -37,3 +39,33 @@ def joint_macs(projections: Mapping[str, Projections], layout: Layout) -> int:
     tokens = layout.length()
     width = next(iter(projections.values())).qkv.in_features
     return sum(projections[s].macs(layout.length(s)) for s in layout.streams) + cost.attention(tokens, tokens, width)
+
+
+def within(context: Context, layout: Layout, stream: str) -> Context:
+    """The context for an attention among the tokens of one stream: the same rule, cut down to that stream."""
+    settled = context.rule
+    if settled is None:
+        return context
+    at, gates = layout.stream_slice(stream), dict(context.gates)
+    names = [span.name for span in layout.of(stream)]
+    plans = []
+    for n, plan in enumerate(settled.plans):
+        elsewhere = all(isinstance(m, Padding) and m.segment not in names for m in settled.rule.terms[n].masks)
+        kind = "none" if plan.kind == "none" or elsewhere else "dense"
+        if kind == "dense":
+            gates[f"mask.{n}"] = _mask(n, plan, layout, context.gates)[:, at, at]
+        if isinstance(plan.weight, str) and gates[plan.weight].shape[-1] == layout.length():
+            gates[plan.weight] = gates[plan.weight][..., at]
+        plans.append(Plan(kind, plan.weight))
+    return replace(context, rule=Settled(settled.rule, layout, tuple(plans)), gates=gates)
+
+
+def _mask(n: int, plan: Plan, layout: Layout, gates: Gates) -> Tensor:
+    """The boolean matrix [B or 1, N, N] of a dense or split plan."""
+    if plan.kind == "dense":
+        return gates[f"mask.{n}"]
+    mask = torch.zeros(1, layout.length(), layout.length(), dtype=torch.bool, device=gates[f"keys.{n}.0"].device)
+    for g in range(plan.groups):
+        queries, keys = gates[f"queries.{n}.{g}"], gates[f"keys.{n}.{g}"]
+        mask[:, queries[:, None], keys[None]] = True
+    return mask

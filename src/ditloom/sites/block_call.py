@@ -103,11 +103,12 @@ class BlockCall:
     def _captured(self, placed: Placed, kept: Mapping[str, Any], layout: Layout) -> Any:
         tap, name = placed.tap, _name(placed)
         if name not in kept:
-            raise UserError(
-                f"{placed.handler.key} cannot capture {tap.stage} of block {self.index}: it has no stream {tap.stream!r}"
-            )
-        value = kept[name]
-        return value if tap.segment is None else zip_map(lambda t: t[:, layout.slice(tap.segment)], value)
+            where = f"{tap.stage} of block {self.index}"
+            raise UserError(f"{placed.handler.key} cannot capture {where}: it has no stream {tap.stream!r}")
+        if tap.segment is None:
+            return kept[name]
+        at = layout.slice(tap.segment)
+        return zip_map(lambda t: t[:, at], kept[name])
 
     def macs(self) -> int:
         """MACs per batch row of this call; the report's map learns which share was not executed."""

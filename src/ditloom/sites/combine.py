@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
 from ditloom.contracts.errors import UserError
@@ -91,7 +91,7 @@ def _acting(actions: Mapping[Site, Action]) -> list[Site]:
     return [site for site, action in actions.items() if action is not Action.COMPUTE]
 
 
-def _clashes(mine: Sequence[Site], yours: Sequence[Site]) -> Iterable[tuple[Site, Site]]:
+def _clashes(mine: Sequence[Site], yours: Sequence[Site]) -> Iterator[tuple[Site, Site]]:
     inside = {site.label: site for site in yours if site.level == "block"}
     yield from ((site, inside[site.label]) for site in mine if site.level == "block" and site.label in inside)
     outer = [site for site in yours if site.level != "block"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -263,8 +264,17 @@ class Forward:
         if self.clock.purpose != "sample":
             return
         if until is None:
-            report.full_macs += self.run.plain_surface(self.surface).total * self.rows.total
+            self.run.plain_macs = self._plain_macs()
+            report.full_macs += self.run.plain_macs * self.rows.total
         self._passed(until)
+
+    def _plain_macs(self) -> int:
+        """MACs per batch row of this forward without what handlers have added."""
+        added, layout = {s.name for s in self.added.segments}, self.surface.layout
+        if not added:
+            return self.surface.total
+        spans = tuple(span for span in layout.spans if span.name not in added)
+        return self.run.surface_of(replace(layout, spans=spans)).total
 
     def _passed(self, until: int | None) -> None:
         """Controlled sites that were computed without storing."""

@@ -86,9 +86,25 @@ class Program:
     handlers: list[Handler]
     steps: list[StepProgram]
 
-    def overriding(self, name: str) -> list[Handler]:
-        """The handlers that implement a part of the contract."""
-        return overriding(self.handlers, name)
+    @cached_property
+    def observers(self) -> list[Handler]:
+        """Handlers that learn after a step."""
+        return overriding(self.handlers, "observe")
+
+    @cached_property
+    def steering(self) -> list[Handler]:
+        """Handlers that change predictions before guidance."""
+        return overriding(self.handlers, "velocity")
+
+    @cached_property
+    def segmenters(self) -> list[Handler]:
+        """Handlers that add segments."""
+        return overriding(self.handlers, "segments")
+
+    @cached_property
+    def rulers(self) -> list[Handler]:
+        """Handlers with attention rules."""
+        return overriding(self.handlers, "rule")
 
     def static_plans(self) -> int:
         """At most how many distinct plans a block is called with: graphs per block kind for a compiler."""
@@ -99,7 +115,7 @@ class Program:
                 actions = tuple((p.site.inner, p.action, p.stores and p.action in KEEPING) for p in planned)
                 taps = tuple((p.key, p.tap.stage, p.tap.op, p.tap.number) for p in step.taps.get(block, ()))
                 shapes.add((actions, taps))
-        segments = 2 if self.overriding("segments") else 1
+        segments = 2 if self.segmenters else 1
         return segments * sum(2 ** sum(a is Action.DEFER for _, a, _ in actions) for actions, _ in shapes)
 
     def bytes_needed(self, rows: int, itemsize: int, tokens: int, width: int, latent: int = 0) -> int:

@@ -60,7 +60,7 @@ class AddedSegments:
         if combined is own or combined is None:
             return context
         settled, gates = settle(combined, layout, gates, self.run.backbone.device)
-        return replace(context, rule=settled, gates=gates)
+        return replace(context, rule=settled, gates=dict(gates))
 
     def _rules(self, layout: Layout, combined: Rule | None, gates: dict[str, Tensor]) -> tuple[Rule | None, Any]:
         for handler in self.rulers:

@@ -35,7 +35,8 @@ class Entry:
 
     def alone(self, branch: str) -> Entry:
         """An entry of one branch only, with memory of its own."""
-        return Entry(self.step, tree_map(torch.clone, self.part(branch)), Rows((branch,), self.rows.samples), self.made_of)
+        own = tree_map(torch.clone, self.part(branch))
+        return Entry(self.step, own, Rows((branch,), self.rows.samples), self.made_of)
 
 
 class Store:

@@ -20,9 +20,14 @@ class Surface:
         self.backbone, self.layout, self.branches = backbone, layout, branches
 
     @cached_property
+    def flat_blocks(self) -> list[Block]:
+        """Blocks and transitions in execution order."""
+        return list(self.backbone.blocks)  # type: ignore[arg-type]
+
+    @cached_property
     def flat(self) -> list[int]:
         """Positions of the blocks in the flat list of blocks and transitions."""
-        return [p for p, block in enumerate(self.backbone.blocks) if not block.is_transition]
+        return [p for p, block in enumerate(self.flat_blocks) if not block.is_transition]
 
     @property
     def blocks(self) -> int:
@@ -33,20 +38,20 @@ class Surface:
     def index_at(self) -> list[int | None]:
         """The block index of every flat position; None at a transition."""
         index = {position: i for i, position in enumerate(self.flat)}
-        return [index.get(position) for position in range(len(self.backbone.blocks))]
+        return [index.get(position) for position in range(len(self.flat_blocks))]
 
     @cached_property
     def layouts(self) -> list[Layout]:
         """The layout entering every flat position, and the one entering the head."""
         layouts = [self.layout]
-        for block in self.backbone.blocks:
+        for block in self.flat_blocks:
             layouts.append(block.after(layouts[-1]))
         return layouts
 
     @cached_property
     def costs(self) -> list[dict[str, int]]:
         """MACs per batch row of every flat position, by site."""
-        return [b.macs(layout) for b, layout in zip(self.backbone.blocks, self.layouts, strict=False)]
+        return [b.macs(layout) for b, layout in zip(self.flat_blocks, self.layouts, strict=False)]
 
     @cached_property
     def block_totals(self) -> list[int]:
@@ -56,15 +61,15 @@ class Surface:
     @cached_property
     def per_pair(self) -> list[int]:
         """MACs of the site "attn" per pair of query and key, at every flat position."""
-        return [_quadratic(b, layout) for b, layout in zip(self.backbone.blocks, self.layouts, strict=False)]
+        return [_quadratic(b, layout) for b, layout in zip(self.flat_blocks, self.layouts, strict=False)]
 
     def block(self, index: int) -> Block:
         """Block `index`, 0-based."""
-        return self.backbone.blocks[self.flat[index]]  # type: ignore[return-value]
+        return self.flat_blocks[self.flat[index]]
 
     def position(self, index: int) -> int:
         """Flat position at which block `index` starts (index L: the end)."""
-        return self.flat[index] if index < self.blocks else len(self.backbone.blocks)
+        return self.flat[index] if index < self.blocks else len(self.flat_blocks)
 
     def sites(self, kind: str) -> tuple[Site, ...]:
         """Every in-block site of a kind: attn, mlp, cross, ...; empty if the family has none."""

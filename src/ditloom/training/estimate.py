@@ -39,8 +39,8 @@ DiT-S/2 with 2 to 16 images, fp32 and bf16, eager, compiled and with activation 
 class Estimate:
     """Bytes of one process (beside those of Python and torch themselves), MACs of one image's forward, and speed.
 
-    weights: in fp32, their lower-precision copies, and buffers. activations: what a step takes on top of weights, optimiser and averages, gradients among it. total_seconds and
-    images_per_second are None unless steps were really run.
+    weights: in fp32, their lower-precision copies, and buffers. activations: what a step takes on top of weights,
+    optimiser and averages, gradients among it. images_per_second is None unless steps were really run.
     """
 
     parameters: int

@@ -92,11 +92,11 @@ def state_tensors(optimiser: torch.optim.Optimizer, parameters: Mapping[str, Ten
 def load_state(
     optimiser: torch.optim.Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Continue from `state_tensors`; slots of sharded parameters must come sharded like them."""
+    """Continue from a copy of `state_tensors`; slots of sharded parameters must come sharded like them."""
     slots: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, slot = key.rsplit(".", 1)
-        slots.setdefault(name, {})[slot] = value
+        slots.setdefault(name, {})[slot] = value.clone()
     names = {id(parameter): name for name, parameter in parameters.items()}
     ordered = [names[id(p)] for group in optimiser.param_groups for p in group["params"]]
     packed = optimiser.state_dict()

@@ -121,6 +121,9 @@ def test_the_optimal_scale_is_one_for_equal_and_k_for_scaled_predictions():
 
     torch.testing.assert_close(optimal_scale(COND, COND).flatten(), torch.ones(3))
     torch.testing.assert_close(optimal_scale(-2.5 * WEAK, WEAK).flatten(), torch.full((3,), -2.5))
+    small = 0.01 * WEAK
+    torch.testing.assert_close(optimal_scale(3 * small, small).flatten(), torch.full((3,), 3.0))
+    assert not optimal_scale(COND, 0 * WEAK).any()
 
 
 def test_zero_init_leaves_x_where_it_is_and_needs_no_model():

@@ -122,8 +122,10 @@ class Generate(Command):
             steps=self.steps, guidance=guidance_of(self.guidance), sampler=self.sampler, size=size_of(self.size)
         )
         model.batch(order.inputs[:1], [0], settings, self.negative, self.using)
-        kept = {name: settings[name] for name in ("steps", "guidance", "sampler", "size")}
-        return {**kept, "negative": self.negative, "using": self.using}
+        _, height, width = model.latent_shape(settings["size"])
+        size = (height * model.latents.factor, width * model.latents.factor)
+        kept = {name: settings[name] for name in ("steps", "guidance", "sampler")}
+        return {**kept, "size": size, "negative": self.negative, "using": self.using}
 
     def _folder(self, mine: Share) -> Path:
         if self.out is not None:
