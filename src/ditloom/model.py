@@ -247,7 +247,8 @@ class Model:
         return folder
 
     def _parts(self) -> dict[str, nn.Module]:
-        return {"backbone": self.backbone, "latents": self.latents, "conditioner": self.conditioner}
+        parts = {"backbone": self.backbone, "latents": self.latents, "conditioner": self.conditioner}
+        return {k: v for k, v in parts.items() if not getattr(v, "ships_apart", False)}
 
     def _state(self) -> dict[str, Tensor]:
         return {f"{name}.{k}": v for name, part in self._parts().items() for k, v in part.state_dict().items()}

@@ -145,7 +145,9 @@ def test_counted_macs_are_the_executed_ones(backbone: Backbone) -> None:
     assert counter.get_total_flops() == 2 * backbone.macs(layout)
 
 
-def test_compiled_blocks_compute_the_same_in_one_graph_per_kind(backbone: Backbone) -> None:
+@pytest.mark.parametrize("name", ["dit", "lightning-dit-all", "u-vit-text", "mmdit", "mmdit-dual"])
+def test_compiled_blocks_compute_the_same_in_one_graph_per_kind(name: str) -> None:
+    backbone = make(name)
     args = inputs(backbone)
     plain = backbone(*args)
     torch._dynamo.reset()

@@ -25,7 +25,9 @@ DIT_GMACS = {
     "XL": (118.62, 29.04, 7.39),
 }
 COUNTS = {
-    **{f"{f}-{s}/{p}": n for f in ("DiT", "SiT") for s, row in DIT.items() for p, n in zip((2, 4, 8), row, strict=True)},
+    **{
+        f"{f}-{s}/{p}": n for f in ("DiT", "SiT") for s, row in DIT.items() for p, n in zip((2, 4, 8), row, strict=True)
+    },
     "LightningDiT-B/1": 130_359_584,
     "LightningDiT-L/1": 457_890_816,
     "LightningDiT-XL/1": 674_961_824,

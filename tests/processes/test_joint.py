@@ -29,6 +29,7 @@ def test_components_do_arithmetic_and_are_a_pytree():
     mixed = 0.5 * (a + b) - a / 2 + 1
     assert mixed["x"].tolist() == [2.5, 2.5] and mixed["y"].tolist() == [4.0] * 3
     assert (-a)["x"].tolist() == [-1, -1] and (a * b)["y"].tolist() == [12.0] * 3
+    assert a.to(torch.float64)["y"].dtype == torch.float64
     doubled = _pytree.tree_map(lambda v: 2 * v, a)
     assert isinstance(doubled, Components) and doubled["y"].tolist() == [4.0] * 3
 

@@ -81,7 +81,12 @@ def by_hand(model: Backbone, step: Callable[[int, Streams, Context], Streams]) -
 
 
 def loop(
-    model: Backbone, streams: Streams, context: Context, call: Call | None = None, first: int = 0, last: int | None = None
+    model: Backbone,
+    streams: Streams,
+    context: Context,
+    call: Call | None = None,
+    first: int = 0,
+    last: int | None = None,
 ) -> Streams:
     """Flat positions first..last with long skips; `call` may act on blocks (given their index among blocks)."""
     saved: dict[int, Any] = {}

@@ -137,7 +137,9 @@ def make(name: str, seed: int = 0) -> Backbone:
         return randomise(MODELS[name](), seed)
 
 
-def conditions(model: Backbone, samples: int = 2, branches: tuple[str, ...] = ("cond", "uncond")) -> dict[str, Condition]:
+def conditions(
+    model: Backbone, samples: int = 2, branches: tuple[str, ...] = ("cond", "uncond")
+) -> dict[str, Condition]:
     """Random conditions, one per branch."""
     return {name: condition(model, samples, seed=k) for k, name in enumerate(branches)}
 

@@ -90,14 +90,15 @@ class SomeRows(Handler):
 
 @dataclass
 class Inject(Handler):
-    """Keys and values of the image stream of row 0 go to the other rows, in some blocks."""
+    """Keys and values of the image stream of row 0 go to the other rows (of some branches), in some blocks."""
 
     blocks: tuple[int, ...]
+    branches: tuple[str, ...] | None = None
     key: str = "inject"
 
     def taps(self, schedule: Schedule, surface: Surface) -> Sequence[Sequence[Tap]]:
-        one = [Tap(stage, b, "copy-rows", number=0) for b in self.blocks for stage in ("k_proj", "v_proj")]
-        return [one] * schedule.steps
+        stages = [(b, stage) for b in self.blocks for stage in ("k_proj", "v_proj")]
+        return [[Tap(stage, b, "copy-rows", branches=self.branches) for b, stage in stages]] * schedule.steps
 
     def provide(self, tap: Tap, clock: Clock, rows: Rows) -> Tensor:
         return torch.arange(rows.total) > 0
@@ -105,13 +106,14 @@ class Inject(Handler):
 
 @dataclass
 class Added(Handler):
-    """A condition image as a static segment at its own clean time."""
+    """A condition image as a segment at its own clean time, by default static."""
 
     image: Tensor
+    static: bool = True
     key: str = "added"
 
     def segments(self, clock: Clock, rows: Rows) -> Sequence[Segment]:
-        return (Segment("condition", self.image, modulation="zero", static=True),)
+        return (Segment("condition", self.image, modulation="zero", static=self.static),)
 
 
 @dataclass

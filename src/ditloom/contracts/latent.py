@@ -14,6 +14,11 @@ class LatentSpace(nn.Module):
     channels: int
     factor: int
 
+    @property
+    def ships_apart(self) -> bool:
+        """Whether `config` alone brings the weights back, so that a model's folder does not hold them."""
+        return False
+
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """Images to latents with about zero mean and unit variance per channel."""

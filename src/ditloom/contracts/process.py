@@ -35,6 +35,10 @@ class Components(dict[str, Tensor]):
     def __neg__(self) -> Components:
         return self * -1
 
+    def to(self, *args: Any, **kwargs: Any) -> Components:
+        """`Tensor.to` of every component."""
+        return Components({k: v.to(*args, **kwargs) for k, v in self.items()})
+
     __radd__ = __add__
     __rmul__ = __mul__
 

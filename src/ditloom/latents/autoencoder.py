@@ -117,6 +117,7 @@ class Autoencoder(LatentSpace):
         super().__init__()
         stored = {} if weights is None else _read_config(_locate(weights))
         _refuse_conflict(weights, stored, settings)
+        self.bundle = str(weights) if str(weights) in bundled() else None
         self.settings = _checked({**settings, **stored})
         self.channels = self.settings.latent_channels
         self.factor = 2 ** len(self.settings.widths)
@@ -128,7 +129,14 @@ class Autoencoder(LatentSpace):
         if weights is not None:
             self.load_state_dict(_read_tensors(_locate(weights)))
 
+    @property
+    def ships_apart(self) -> bool:
+        """Whether the weights come with the package under a name, so that a model need not store them again."""
+        return self.bundle is not None
+
     def config(self) -> dict[str, Any]:
+        if self.bundle is not None:
+            return {"weights": self.bundle}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.settings).items()}
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from ditloom.contracts.objective import TrainBatch
 from ditloom.contracts.process import Process
 from ditloom.training.config import TrainConfig
 from ditloom.training.launch import World
-from ditloom.training.learner import Learner
+from ditloom.training.learner import STUDENT, Learner
 from ditloom.training.progress import duration
 from ditloom.training.recipe import learner_of
 
@@ -147,22 +147,19 @@ def estimate(
     """
     share = -(-config.batch // processes)
     micro = min(config.micro_batch or share, share)
-    parts = simulated(backbone, process, config, micro, device)
+    counts, parts = simulated(backbone, process, config, micro, device)
     if config.parallel == "fsdp":
         parts = {name: size if name == "activations" else size // processes for name, size in parts.items()}
     slack = CPU_ALLOCATOR if device == "cpu" else 1.0
     parts = {name: round(size * slack) for name, size in parts.items()}
-    with without_content():
-        network = backbone.build()
-        macs, parameters = macs_of(network), network.learned_parameters()
     speed = probed(backbone, process, config, micro, device, probe) * processes if probe else None
-    return Estimate(parameters, macs, config.total, **parts, images_per_second=speed)
+    return Estimate(**counts, images=config.total, **parts, images_per_second=speed)
 
 
 def simulated(
     backbone: BackboneConfig, process: Process, config: TrainConfig, micro: int, device: str
-) -> dict[str, int]:
-    """Bytes of the tensors of one process's training step with micro-batches of `micro` images, by what they are."""
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameters and MACs, and the bytes of one process's step with micro-batches of `micro` images, by what they are."""
     with without_content() as meter:
         learner, batch = setup(backbone, process, replace(config, compile=False, parallel="none"), micro, device)
         number = 1 if config.batch <= micro else 2
@@ -176,7 +173,9 @@ def simulated(
             "optimiser": sum(_bytes(state) for o in learner.optimisers.values() for state in o.state.values()),
             "averages": sum(_bytes(track.averages) for track in learner.tracks.values()),
         }
-        return parts | {"activations": meter.peak - sum(parts.values())}
+        parts["activations"] = meter.peak - sum(parts.values())
+        network = learner.step.networks[STUDENT]
+        return {"parameters": network.learned_parameters(), "macs": macs_of(network)}, parts
 
 
 def probed(

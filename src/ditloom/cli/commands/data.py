@@ -9,11 +9,14 @@ from tyro.conf import Positional
 
 from ditloom.cli.command import Answer, Command, OptionalText
 from ditloom.cli.show import table
+from ditloom.contracts.data import DataSource
 from ditloom.contracts.errors import UnknownName, UserError
 from ditloom.contracts.registries import DATA
 from ditloom.contracts.registry import register
+from ditloom.contracts.settings import parse, registered
 
 ACTIONS = ("list", "fetch")
+REQUIRED = "(must be given)"
 
 
 @register("data")
@@ -40,14 +43,9 @@ class Data(Command):
         return Answer(found, [table(("source", "what it is", "settings"), rows)])
 
     def _fetched(self) -> Answer:
-        from ditloom.contracts.settings import registered
-
         if self.source is None:
             raise UserError(f"data fetch needs a source: one of {', '.join(DATA.names())}")
-        try:
-            source = registered(DATA, self.source)
-        except TypeError as error:
-            raise UserError(f"{self.source}: {error}") from error
+        source = source_of(self.source)
         info = source.info
         document = {
             "name": info.name,
@@ -62,11 +60,20 @@ class Data(Command):
         return Answer(document, [table(("", ""), [(key, _short(value)) for key, value in document.items()])])
 
 
+def source_of(spec: Any) -> DataSource:
+    """A data source from "NAME:KEY=VALUE,..." or a mapping with a name; a setting it cannot do without is named."""
+    name, given = parse(spec) if isinstance(spec, str) else (spec.get("name", ""), spec)
+    for setting, value in listed(name)["settings"].items():
+        if value == REQUIRED and setting not in given:
+            raise UserError(f"the data source {name} needs {setting}: write {name}:{setting}=...")
+    return registered(DATA, spec)
+
+
 def listed(name: str) -> dict[str, Any]:
     """A source as it stands in the list."""
     noted = DATA.info(name)
     settings = {
-        field.name: "(must be given)" if field.default is MISSING else field.default
+        field.name: REQUIRED if field.default is MISSING else field.default
         for field in fields(noted.target)
         if field.init
     }

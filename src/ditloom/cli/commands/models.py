@@ -33,16 +33,14 @@ class Models(Command):
     """a name, a pattern such as "DiT-*", or a model folder; unless given, all"""
 
     def run(self) -> Answer:
-        found = [folder_row(Path(self.name))] if self._is_folder() else self._rows()
+        folder = Path(self.name or "")
+        found = [folder_row(folder)] if self.name and (folder / "config.json").is_file() else self._rows()
         columns = ("model", "family", *NUMBERS, "weights", "paper")
         rows = [
             (m["name"], m["family"], count(m["parameters"]), count(m["macs"]), m["tokens"], m["weights"], m["paper"])
             for m in found
         ]
         return Answer(found, [table(columns, rows, right=NUMBERS)])
-
-    def _is_folder(self) -> bool:
-        return self.name is not None and (Path(self.name) / "config.json").is_file()
 
     def _rows(self) -> list[dict[str, Any]]:
         from ditloom import model as models
