@@ -160,7 +160,7 @@ def evaluate_fashion(run: FashionRun) -> list[Measurement]:
     shown = found.evidence.drawn[: 10 * len(CLASSES)]
     titles = [CLASSES[int(case.input)] for case in cases[: len(shown)]]
     heading = f"Fashion-MNIST classes, {_protocol_line(found)}"
-    sheet = Sheet(columns=len(CLASSES), scale=2, gap=8, lines=1)
+    sheet = Sheet(columns=len(CLASSES), scale=2, gap=8, lines=2)
     save_png(contact_sheet(list(255 - shown), titles, heading, sheet), run.out / "fashion.png")
     rows = np.array(stable_order([Case(0, f"test/{i}") for i in range(len(held_out.cases))])[: run.count])
     part = Real(held_out.images[rows], tuple(held_out.cases[row] for row in rows))

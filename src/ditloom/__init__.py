@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Condition", "Model", "build", "load", "using"]
 
-_HOMES = {"Condition": "ditloom.contracts.condition"} | dict.fromkeys(("Model", "build", "load", "using"), "ditloom.model")
+_HOMES = dict.fromkeys(("Model", "build", "load", "using"), "ditloom.model")
+_HOMES["Condition"] = "ditloom.contracts.condition"
 
 
 def __getattr__(name: str) -> Any:

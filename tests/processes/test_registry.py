@@ -9,9 +9,9 @@ import pytest
 
 from ditloom.contracts.errors import UnknownName, UserError
 from ditloom.contracts.registries import PROCESSES
+from ditloom.contracts.settings import parse
 from ditloom.processes import process
 from ditloom.processes.linear import Linear
-from ditloom.processes.settings import parse
 
 
 def test_every_process_is_registered_under_its_file_name():

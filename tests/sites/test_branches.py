@@ -260,7 +260,7 @@ class Constant(Handler):
         return [[self.tap]] * schedule.steps
 
     def provide(self, tap: Tap, clock: Clock, rows: Rows) -> Tensor:
-        return torch.linspace(0, 3, 16)
+        return torch.linspace(0, 3, 16 if tap.stage == "k_proj" else 64)
 
 
 def test_conditions_of_one_run_may_differ_in_kind() -> None:

@@ -56,15 +56,26 @@ def test_a_killed_and_resumed_run_ends_in_the_same_bits(tmp_path, changes):
 
 
 @pytest.mark.slow
-def test_a_compiled_run_resumes_to_the_same_bits(tmp_path):
+def test_a_compiled_run_resumes_to_the_same_bits_with_one_graph_for_all_blocks(tmp_path):
     changes = {"compile": True, "precision": "bf16", "save_every": 24, "images": 64}
-    whole = tiny.trainer(tmp_path / "whole", **changes)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    whole = tiny.trainer(tmp_path / "whole", sample=lambda network, images: b"", sample_every=32, **changes)
+    whole.sample = lambda network, images: bytes(str(_predicted(network)), "ascii")
     whole.train()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     parts = interrupted(tmp_path / "parts", (40,), **changes)
     assert tiny.same(tiny.weights(whole), tiny.weights(parts))
     plain = tiny.trainer(tmp_path / "plain", **{**changes, "compile": False})
     plain.train()
     assert 0 < tiny.furthest(tiny.weights(whole), tiny.weights(plain)) < 0.05
+
+
+def _predicted(network):
+    """A sampling forward with another batch size."""
+    condition = tiny.feed().conditions([0, 1, 2], [0, 1, 2])
+    return network(torch.zeros(3, *tiny.SHAPE), torch.full((3,), 0.5), condition).sum().item()
 
 
 @pytest.mark.parametrize("micro", [1, 3, 4])

@@ -8,8 +8,8 @@ from ditloom.training.progress import Progress, duration
 class DrawingProgress(Progress):
     """Counts the steps of single pictures and speaks of pictures; `found` of them were there before."""
 
-    def __init__(self, pictures: int, steps: int, *, found: int = 0, quiet: bool = False):
-        super().__init__(pictures * steps, done=found * steps, label="generate", quiet=quiet)
+    def __init__(self, pictures: int, steps: int, *, found: int = 0, label: str = "generate", quiet: bool = False):
+        super().__init__(pictures * steps, done=found * steps, label=label, quiet=quiet)
         self.pictures, self.steps, self.found = pictures, steps, found
 
     def follow(self, steps: int) -> None:

@@ -13,6 +13,6 @@ if TYPE_CHECKING:
 
 def process(spec: str | Mapping[str, Any] | Process) -> Process:
     """A process from "linear:predicts=v", from the mapping of `Process.config()`, or as it is."""
-    from ditloom.processes.settings import registered
+    from ditloom.contracts.settings import registered
 
     return registered(PROCESSES, spec)

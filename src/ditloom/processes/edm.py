@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ditloom.contracts.registry import register
+from ditloom.contracts.settings import positive
 from ditloom.processes.gaussian import GaussianPath, scaled
-from ditloom.processes.settings import positive
 from ditloom.processes.targets import Preconditioned, Target
 
 

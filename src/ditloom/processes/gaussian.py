@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from ditloom.contracts.errors import UnknownName, UserError
 from ditloom.contracts.process import Estimate, Loss, Process
+from ditloom.contracts.settings import named
 from ditloom.processes.posterior import VARIANCES, Posterior, posterior
-from ditloom.processes.settings import named
 from ditloom.processes.targets import TARGETS, Coefficients, Pair, Target
 from ditloom.processes.weights import WEIGHTS, LossWeight
 

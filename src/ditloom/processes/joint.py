@@ -13,7 +13,7 @@ from ditloom.contracts.errors import UserError
 from ditloom.contracts.process import Components, Estimate, Loss, Process
 from ditloom.contracts.registries import PROCESSES
 from ditloom.contracts.registry import register
-from ditloom.processes.settings import registered
+from ditloom.contracts.settings import registered
 
 
 @register("joint")

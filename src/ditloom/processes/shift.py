@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ditloom.processes.settings import positive
+from ditloom.contracts.settings import positive
 
 
 def shift(t: Any, amount: float) -> Any:

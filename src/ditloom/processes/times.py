@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.process import Process
+from ditloom.contracts.settings import named, positive
 from ditloom.processes.discrete_vp import DiscreteVP
 from ditloom.processes.gaussian import require_gaussian
-from ditloom.processes.settings import named, positive
 from ditloom.processes.shift import shift
 
 

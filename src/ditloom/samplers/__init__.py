@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 def sampler(spec: str | Mapping[str, Any] | Sampler) -> Sampler:
     """A sampler from "ddim:eta=1", from a mapping with a "name", or as it is."""
-    from ditloom.processes.settings import registered
+    from ditloom.contracts.settings import registered
 
     return registered(SAMPLERS, spec)
 
 
 def guidance(spec: str | Mapping[str, Any] | Guidance) -> Guidance:
     """A guidance rule from "cfg:scale=4", from a mapping with a "name", or as it is."""
-    from ditloom.processes.settings import registered
+    from ditloom.contracts.settings import registered
 
     return registered(GUIDANCE, spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -13,8 +13,9 @@ from ditloom.contracts.backbone import Backbone
 from ditloom.contracts.clock import Clock, Purpose, Schedule
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.method import Handler
-from ditloom.contracts.process import Estimate, Process
-from ditloom.contracts.sampler import Changed, Guidance, Moment, Sampler, Step
+from ditloom.contracts.process import Process
+from ditloom.contracts.sampler import Changed, Guidance, Sampler, Step
+from ditloom.samplers.guided import Guided
 from ditloom.sites.report import Report
 from ditloom.sites.run import Run
 
@@ -56,7 +57,7 @@ class Drawing:
         """Walk x [B, ...] along the noise levels of `grid` [S + 1]."""
         self._start(grid)
         x, _ = self._latent(x, self._clock(0), "before")
-        walk = self.sampler.sample(self._evaluate, x, grid, self.process, self._noise_like(x))
+        walk = self.sampler.sample(self.evaluate, x, grid, self.process, self._noise_like(x))
         answer: Changed | None = None
         for _ in range(len(grid) - 1):
             step = walk.send(answer)
@@ -69,7 +70,7 @@ class Drawing:
         names = tuple(n for n in self.conditions if n != "weak")
         scale = float(getattr(self.guidance, "scale", 1.0))
         self.schedule = Schedule(times, tuple(self._native(t) for t in times), names, scale)
-        self.memory: dict[str, Any] = {}
+        self.evaluate = Guided(self._predict, self.process, self.guidance, self.schedule.steps)
         self.run = Run(
             self.backbone,
             self.handlers,
@@ -94,20 +95,17 @@ class Drawing:
         return self.schedule.clock(step, evaluation, self.purpose)
 
     @torch.no_grad()
-    def _evaluate(self, x: Tensor, t: float, *, step: int, evaluation: int = 0, told: float | None = None) -> Estimate:
-        """One guided evaluation: the branches that guidance needs now, combined into one estimate."""
-        level = t if told is None else told
-        planned = self._clock(step, evaluation)
-        native = self._native(level)
-        clock = Clock(step, planned.steps, level, planned.t_next, native, evaluation, self.purpose)
-        moment = Moment(x, t, step, self.schedule.steps, self.process, evaluation)
-        names = self.guidance.branches(moment)
-        scaled = self.process.scale_input(x, t)
-        predictions = self.run.predict(scaled, clock, tuple(n for n in names if n != "weak"))
-        if "weak" in names and self.weak_run is not None:
-            predictions |= self.weak_run.predict(scaled, clock)
-        predictions = {name: p.to(x.dtype) for name, p in predictions.items()}
-        return self.guidance.combine(predictions, moment, self.memory)
+    def _predict(
+        self, x: Tensor, t: Any, branches: Sequence[str], *, step: int, evaluation: int
+    ) -> Mapping[str, Tensor]:
+        """The predictions of the named branches; x is scaled and t is as the process tells it to a network."""
+        native = float(self.backbone.preset.time.native(torch.as_tensor(t, dtype=torch.float64)))
+        clock = replace(self._clock(step, evaluation), native=native)
+        own = tuple(name for name in branches if name != "weak")
+        predictions = self.run.predict(x, clock, own) if own else {}
+        if "weak" in branches and self.weak_run is not None:
+            predictions |= self.weak_run.predict(x, clock)
+        return {name: p.to(x.dtype) for name, p in predictions.items()}
 
     def _after(self, step: Step) -> tuple[Tensor, bool]:
         x, changed = self._latent(step.x, self._clock(step.index), "after")
@@ -123,6 +121,7 @@ class Drawing:
             changed = changed or did
         if changed:
             self.run.changed()
+            self.evaluate.reset()
         return x, changed
 
     def _noise_like(self, x: Tensor) -> Any:

@@ -168,7 +168,7 @@ def _place_control(
     held = False
     for s, (step, action) in enumerate(zip(steps, actions, strict=True)):
         stores = action is not Action.SKIP and needed_later(found, s, depth)
-        if held and not needed_later(found, s - 1, depth):
+        if held and not (stores or needed_later(found, s - 1, depth)):
             step.drops.append(place)
             held = False
         held = held or stores

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ditloom.contracts.backbone import Backbone
 from ditloom.contracts.clock import Clock, Rows, Schedule
@@ -60,7 +61,7 @@ class Run:
         self.asked: tuple[str, ...] = tuple(self.conditions)
         self.seen_layout: Layout | None = None
         self._weights, self._marks = Weights(backbone), Marks()
-        self._memories: dict[tuple[str, ...], tuple[Hashable, Memory]] = {}
+        self._memories: list[tuple[dict[str, Hashable], Memory]] = []
         self._surfaces: dict[Layout, Surface] = {}
         self._memos: dict[str, dict[str, Any]] = {}
         self._decisions: dict[tuple[str, str, int], Action] = {}
@@ -68,6 +69,7 @@ class Run:
         self._dropped = -1
         self._needed = 0
         self._prepared_rows = 0
+        self._prepared: set[str] = set()
         self.plain_macs = 0
 
     @property
@@ -158,9 +160,9 @@ class Run:
         until: int | None = None,
     ) -> Tensor | None:
         """One forward of the branches `names`."""
+        rows = Rows(names, len(x))
         batch, time = _rows_of(x, clock, names)
-        memory = self._memory(names, clock)
-        return Forward(self, program, clock, Rows(names, len(x)), reuse, gated)(batch, time, memory, until)
+        return Forward(self, program, clock, rows, reuse, gated)(batch, time, self._memory(rows, clock), until)
 
     def added(self, clock: Clock, rows: Rows) -> AddedSegments | NothingAdded:
         """What handlers add to a forward."""
@@ -169,23 +171,27 @@ class Run:
             return NOTHING_ADDED
         return AddedSegments(self, program.segmenters, program.rulers, clock, rows)
 
-    def _memory(self, names: tuple[str, ...], clock: Clock) -> Memory:
+    def _memory(self, rows: Rows, clock: Clock) -> Memory:
         """What is prepared for some branches, again when their condition or the weights have changed."""
-        made_of = (self._weights.version(clock.step), *(of_condition(self.conditions[n]) for n in names))
-        held = self._memories.get(names)
-        if held is None or held[0] != made_of:
-            parts = [self.conditions[n] for n in names]
-            held = made_of, self.backbone.prepare(Condition.cat(parts) if len(parts) > 1 else parts[0])
-            self._memories[names] = held
-            self._prepared_rows += sum(part.batch or 1 for part in parts)
-        return held[1]
+        made_of = {b: (self._weights.version(clock.step), of_condition(self.conditions[b])) for b in rows.branches}
+        for known, memory in self._memories:
+            if all(known.get(b) == made_of[b] for b in rows.branches):
+                return memory if len(known) == len(made_of) else _some(memory, Rows(tuple(known), rows.samples), rows)
+        parts = [self.conditions[b] for b in rows.branches]
+        memory = self.backbone.prepare(Condition.cat(parts) if len(parts) > 1 else parts[0])
+        self._memories = [held for held in self._memories if not held[0].keys() <= made_of.keys()]
+        self._memories.append((made_of, memory))
+        self._prepared_rows += rows.total
+        return memory
 
     def prepared(self, surface: Surface) -> int:
-        """MACs of what was prepared since last asked; they are part of a plain run."""
+        """MACs of what was prepared since last asked; a plain run prepares every branch once."""
         rows, self._prepared_rows = self._prepared_rows, 0
-        macs = rows * surface.ends["prepare"]
-        self.report.full_macs += macs
-        return macs
+        new = {b for made_of, _ in self._memories for b in made_of} - self._prepared
+        self._prepared |= new
+        samples = max((c.batch or 1 for c in self.conditions.values()), default=1)
+        self.report.full_macs += len(new) * samples * surface.ends["prepare"]
+        return rows * surface.ends["prepare"]
 
     def _programmed(self, x: Tensor, clock: Clock, names: tuple[str, ...]) -> Program:
         """The program, planned at the first call from the layout of the first forward."""
@@ -193,7 +199,7 @@ class Run:
             group = names if self.batched else names[:1]
             batch, time = _rows_of(x, clock, group)
             with torch.no_grad():
-                streams, _ = self.backbone.embed(batch, time, self._memory(group, clock))
+                streams, _ = self.backbone.embed(batch, time, self._memory(Rows(group, len(x)), clock))
             surface = self.surface_of(streams.layout)
             self.report.macs += surface.entry * len(batch)
             self.plain_macs = surface.total
@@ -241,6 +247,12 @@ def _rows_of(x: Tensor, clock: Clock, names: Sequence[str]) -> tuple[Tensor, Ten
     """x for every branch, and its native time."""
     batch = torch.cat([x] * len(names)) if len(names) > 1 else x
     return batch, torch.full((len(batch),), clock.native, dtype=torch.float64, device=x.device)
+
+
+def _some(memory: Memory, all_rows: Rows, rows: Rows) -> Memory:
+    """The part of what was prepared for more branches."""
+    parts = [tree_map(lambda t, b=b: t[all_rows.slice(b)], memory) for b in rows.branches]
+    return parts[0] if len(parts) == 1 else tree_map(lambda *t: torch.cat(t), *parts)
 
 
 def _readable(size: int) -> str:

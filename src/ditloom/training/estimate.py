@@ -159,7 +159,7 @@ def estimate(
 def simulated(
     backbone: BackboneConfig, process: Process, config: TrainConfig, micro: int, device: str
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Parameters and MACs, and the bytes of one process's step with micro-batches of `micro` images, by what they are."""
+    """Parameters and MACs; and the bytes of a step of one process with micro-batches of `micro` images, by kind."""
     with without_content() as meter:
         learner, batch = setup(backbone, process, replace(config, compile=False, parallel="none"), micro, device)
         number = 1 if config.batch <= micro else 2

@@ -30,7 +30,7 @@ def exported(run: str | Path, average: str | None = None) -> Model:
 
 
 def _chosen(saved: checkpoint.Checkpoint, average: str | None) -> str | None:
-    names = sorted(g.removeprefix("average-") for g in saved.tensors if g.startswith("average-"))
+    names = [group.removeprefix("average-") for group in saved.tensors if group.startswith("average-")]
     if average == "none" or (average is None and not names):
         return None
     if average is not None and average not in names:

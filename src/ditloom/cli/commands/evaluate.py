@@ -112,7 +112,7 @@ class Evaluate(Command):
             using=self.using,
             batch_size=self.batch_size,
         )
-        with DrawingProgress(len(cases), 1) as bar:
+        with DrawingProgress(len(cases), 1, label="evaluate") as bar:
             return evaluate(
                 model,
                 cases,
@@ -154,13 +154,15 @@ def chosen_cases(real: Real, count: int | None) -> list[Case]:
 
 def beside(spec: Any, parts: Sequence[str] = BESIDE) -> DataSource:
     """The held-out part of a source: the first split of that meaning which it knows."""
-    name, given = parse(spec) if isinstance(spec, str) else (spec["name"], {k: v for k, v in spec.items() if k != "name"})
+    from ditloom.training.resolve import spelled
+
+    source = spelled(spec)
     for part in parts:
         try:
-            return source_of({"name": name, **given, "split": part})
+            return source_of({**source, "split": part})
         except UnknownName:
             continue
-    raise UserError(f"the data source {name} has no held-out part: name other real pictures with --held-out")
+    raise UserError(f"the data source {source['name']} has no held-out part: name other real pictures with --held-out")
 
 
 def _said_source(model: Model) -> Any:
