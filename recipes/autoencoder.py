@@ -327,7 +327,9 @@ def train(recipe: Recipe) -> None:
 def finish(model: Autoencoder, pictures: Pictures, held_out: Tensor, recipe: Recipe) -> None:
     """Set the latent statistics from the training pictures, write the weights and the sheet, log the final numbers."""
     once = np.flatnonzero(np.bincount(pictures.order) == 2)
-    training = (resized(as_tensor(pictures.train[part]), recipe.size) for part in np.array_split(once, 40))
+    training = (
+        resized(as_tensor(pictures.train[part]), recipe.size) for part in np.array_split(once, 1 + len(once) // 64)
+    )
     statistics = measure(model, training)
     model.latent_mean.copy_(statistics.mean)
     model.latent_std.copy_(statistics.std)

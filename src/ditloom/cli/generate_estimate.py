@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ditloom.cli.bulk import Order
-from ditloom.model import Model, assemble
+from ditloom.contracts.registries import LATENTS
+from ditloom.model import Model
 from ditloom.training.estimate import without_content
 from ditloom.training.progress import duration
+from ditloom.training.resolve import instance
 
 PROBED = (2, 4)
 
@@ -66,21 +70,34 @@ def estimate_generate(model: Model, order: Order, settings: Mapping[str, Any], p
 
 def simulated(model: Model, shape: tuple[int, ...], size: int, branches: int) -> tuple[int, int]:
     """Bytes of the weights, and of the largest of what a forward and the decoding hold beside them."""
-    dtype = model.backbone.dtype
+    config, dtype = model.config(), model.backbone.dtype
     with without_content() as meter, torch.no_grad():
-        copy = assemble(model.config()).to(dtype=dtype)
-        weights = sum(t.numel() * t.element_size() for t in _tensors(copy))
-        rows = size * branches
-        _, t, condition = copy.backbone.example(rows)
+        latents = instance(LATENTS, config["latents"])
+        with made_in(dtype):
+            backbone = model.backbone.preset.build()
+            _, t, condition = backbone.example(size * branches)
+        weights = sum(t.numel() * t.element_size() for part in (backbone, latents) for t in _tensors(part))
         x = torch.zeros(size, *shape)
         meter.peak = meter.live
-        copy.backbone(torch.cat([x] * branches).to(dtype), t, condition.to(dtype=dtype))
-        copy.latents.decode(x)
+        backbone(torch.cat([x] * branches).to(dtype), t, condition.to(dtype=dtype))
+        latents.decode(x)
         return weights, meter.peak - weights
 
 
-def _tensors(model: Model) -> list[torch.Tensor]:
-    return [t for part in (model.backbone, model.latents, model.conditioner) for t in part.state_dict().values()]
+@contextlib.contextmanager
+def made_in(dtype: torch.dtype) -> Iterator[None]:
+    """New floating tensors have this dtype: modules without content cannot be converted afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _tensors(part: nn.Module) -> Iterator[Tensor]:
+    yield from part.parameters()
+    yield from part.buffers()
 
 
 def _seconds(model: Model, order: Order, settings: Mapping[str, Any], size: int) -> float:

@@ -10,8 +10,9 @@ from ditloom.contracts.plan import Action
 
 
 class Fate(Enum):
-    """NONE: not visited or left out. SURE: computed. MAYBE: computed unless an outer decision prevents it.
-    USE: predicted from what is stored. BOTH: may use what is stored, and may add to it."""
+    """NONE: not visited, or left out. SURE: computed. MAYBE: computed unless an outer decision prevents it.
+    USE: predicted from what is stored. BOTH: may use what is stored, and may add to it.
+    """
 
     NONE = "none"
     SURE = "sure"
@@ -47,18 +48,33 @@ def least(predictor: Predictor) -> int:
 
 def fates(actions: Sequence[Action], outer: Sequence[Outer], predictor: Predictor) -> list[Fate]:
     """A site's fate on every step. A reuse for which too little can have been stored is a computation."""
-    found, stored = [], 0
+    found: list[Fate] = []
     for action, around in zip(actions, outer, strict=True):
         fate = OF_ACTION[action]
-        if fate in USES and action is not Action.DEFER and stored < least(predictor):
-            fate = Fate.SURE
+        if fate in USES and action is not Action.DEFER:
+            fate = _backed(fate, found, least(predictor))
         if around is Outer.PREVENTS:
             fate = Fate.NONE
         elif (around is Outer.FORBIDS and fate is not Fate.NONE) or (around is Outer.PERHAPS and fate is Fate.SURE):
             fate = Fate.MAYBE
-        stored += fate in (Fate.SURE, Fate.MAYBE, Fate.BOTH)
         found.append(fate)
     return found
+
+
+def _backed(fate: Fate, before: Sequence[Fate], needed: int) -> Fate:
+    """A planned use, given what the steps before have surely or possibly stored."""
+    if sum(f in (Fate.SURE, Fate.MAYBE, Fate.BOTH) for f in before) < needed:
+        return Fate.SURE
+    return fate if before.count(Fate.SURE) >= needed else Fate.BOTH
+
+
+def effect(fate: Fate, branch: bool, same_handler: bool) -> Outer:
+    """What a site's fate does to the sites it encloses, or a branch's to everything inside the others."""
+    if fate in (Fate.SURE, Fate.MAYBE):
+        return Outer.FREE
+    if not branch:
+        return Outer.PERHAPS if fate is Fate.BOTH else Outer.PREVENTS
+    return Outer.FORBIDS if fate is Fate.USE and not same_handler else Outer.PERHAPS
 
 
 def needed_later(found: Sequence[Fate], step: int, depth: int) -> bool:

@@ -10,9 +10,9 @@ from ditloom.contracts.clock import Schedule
 from ditloom.contracts.method import Control, Handler, Steps, Tap
 from ditloom.contracts.plan import Action
 from ditloom.contracts.site import Site
-from ditloom.sites.combine import canonical, check, check_sites, check_taps
+from ditloom.sites.combine import LEVELS, canonical, check, check_sites, check_taps
 from ditloom.sites.edits import canonical_rank
-from ditloom.sites.fates import Outer, fates, needed_later
+from ditloom.sites.fates import Fate, Outer, effect, fates, needed_later
 from ditloom.sites.store import Place
 from ditloom.sites.surface import Surface
 
@@ -145,9 +145,10 @@ def build(handlers: Sequence[Handler], schedule: Schedule, surface: Surface) -> 
     check_taps(taps, surface)
     check(ordered, controls, plans, taps)
     steps = [StepProgram() for _ in range(schedule.steps)]
+    by_key = {h.key: h for h in ordered}
+    for (key, control), found in _fates(controls, plans).items():
+        _place_control(by_key[key], control, plans[key], found, steps)
     for handler in ordered:
-        for control in controls[handler.key]:
-            _place_control(handler, control, controls, plans, steps)
         for step, placed in zip(steps, taps[handler.key], strict=True):
             _place_taps(handler, placed, step)
     for step in steps:
@@ -159,14 +160,40 @@ def build(handlers: Sequence[Handler], schedule: Schedule, surface: Surface) -> 
     return Program(ordered, steps)
 
 
+def _fates(controls: Controls, plans: Plans) -> dict[tuple[str, Control], list[Fate]]:
+    """The fate of every controlled site on every step, from the outside in: what encloses a site comes before it."""
+    listed = [(key, control) for key, several in controls.items() for control in several]
+    listed.sort(key=lambda item: _depth(item[1].site))
+    known: list[tuple[str, Site, list[Fate]]] = []
+    found = {}
+    for key, control in listed:
+        site = control.site
+        around = [
+            [effect(fate, other.branch is not None, key == other_key) for fate in others]
+            for other_key, other, others in known
+            if other.encloses(site) or (other.branch is not None and site.level != "run")
+        ]
+        actions = [step.get(site, Action.COMPUTE) for step in plans[key]]
+        free = [Outer.FREE] * len(actions)
+        outer = [max(effects, key=lambda o: o.value) for effects in zip(free, *around, strict=True)]
+        found[key, control] = fates(actions, outer, control.predictor)
+        if site.level != "block":
+            known.append((key, site, found[key, control]))
+    return found
+
+
+def _depth(site: Site) -> tuple[int, int]:
+    span = site.span or (0, 0)
+    return LEVELS[site.level], span[0] - span[1] if site.span else 0
+
+
 def _place_control(
-    handler: Handler, control: Control, controls: Controls, plans: Plans, steps: Sequence[StepProgram]
+    handler: Handler, control: Control, plan: Steps, found: Sequence[Fate], steps: Sequence[StepProgram]
 ) -> None:
     site, depth, place = control.site, control.predictor.depth, (handler.key, control.site.label)
-    actions = [step.get(site, Action.COMPUTE) for step in plans[handler.key]]
-    found = fates(actions, _outer(handler.key, site, controls, plans, len(steps)), control.predictor)
     held = False
-    for s, (step, action) in enumerate(zip(steps, actions, strict=True)):
+    for s, step in enumerate(steps):
+        action = plan[s].get(site, Action.COMPUTE)
         stores = action is not Action.SKIP and needed_later(found, s, depth)
         if held and not (stores or needed_later(found, s - 1, depth)):
             step.drops.append(place)
@@ -174,8 +201,8 @@ def _place_control(
         held = held or stores
         if action is Action.COMPUTE and not stores:
             step.plain.append(site)
-            continue
-        _place_planned(Planned(handler, control, action, stores, place), step)
+        else:
+            _place_planned(Planned(handler, control, action, stores, place), step)
 
 
 def _place_planned(planned: Planned, step: StepProgram) -> None:
@@ -189,27 +216,6 @@ def _place_planned(planned: Planned, step: StepProgram) -> None:
         step.ranges.setdefault(site.span[0], []).append(planned)
     else:
         step.inner.setdefault(site.block or 0, []).append(planned)
-
-
-def _outer(key: str, site: Site, controls: Controls, plans: Plans, steps: int) -> list[Outer]:
-    """What sites around this one do to it, step by step."""
-    found = [Outer.FREE] * steps
-    for other_key, listed in controls.items():
-        for other in (c.site for c in listed):
-            if not (other.encloses(site) or (other.branch is not None and site.level != "run")):
-                continue
-            for s, actions in enumerate(plans[other_key]):
-                worse = _effect(actions.get(other, Action.COMPUTE), other, key == other_key)
-                found[s] = max(found[s], worse, key=lambda o: o.value)
-    return found
-
-
-def _effect(action: Action, outer: Site, same_handler: bool) -> Outer:
-    if action is Action.COMPUTE:
-        return Outer.FREE
-    if outer.branch is None:
-        return Outer.PERHAPS if action is Action.DEFER else Outer.PREVENTS
-    return Outer.FORBIDS if action is Action.REUSE and not same_handler else Outer.PERHAPS
 
 
 def _place_taps(handler: Handler, taps: Sequence[Tap], step: StepProgram) -> None:

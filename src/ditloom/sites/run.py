@@ -173,10 +173,12 @@ class Run:
 
     def _memory(self, rows: Rows, clock: Clock) -> Memory:
         """What is prepared for some branches, again when their condition or the weights have changed."""
-        made_of = {b: (self._weights.version(clock.step), of_condition(self.conditions[b])) for b in rows.branches}
+        weights = self._weights.version(clock.step)
+        made_of: dict[str, Hashable] = {b: (weights, of_condition(self.conditions[b])) for b in rows.branches}
         for known, memory in self._memories:
             if all(known.get(b) == made_of[b] for b in rows.branches):
-                return memory if len(known) == len(made_of) else _some(memory, Rows(tuple(known), rows.samples), rows)
+                held = Rows(tuple(known), rows.samples)
+                return memory if held == rows else _some(memory, held, rows)
         parts = [self.conditions[b] for b in rows.branches]
         memory = self.backbone.prepare(Condition.cat(parts) if len(parts) > 1 else parts[0])
         self._memories = [held for held in self._memories if not held[0].keys() <= made_of.keys()]
