@@ -83,7 +83,8 @@ def test_reusing_what_was_kept_changes_nothing_and_saves_its_cost(backbone: Back
     plain = backbone(*inputs(backbone))
     layout = embedded(backbone, *inputs(backbone))[0].layout
     full = macs_of(backbone, {})
-    for i, block in enumerate(backbone.blocks):
+    for i in (0, len(backbone.blocks) - 1):
+        block = backbone.blocks[i]
         for site in block.sites:
             _, kept = both(backbone, {i: (BlockPlan(keep=(site,)), {})})
             plan = {i: (BlockPlan(actions=((site, Action.REUSE),)), {site: kept[i][site]})}
@@ -145,7 +146,7 @@ def test_counted_macs_are_the_executed_ones(backbone: Backbone) -> None:
     assert counter.get_total_flops() == 2 * backbone.macs(layout)
 
 
-@pytest.mark.parametrize("name", ["dit", "lightning-dit-all", "u-vit-text", "mmdit", "mmdit-dual"])
+@pytest.mark.parametrize("name", ["lightning-dit", "u-vit-text", "mmdit-dual"])
 def test_compiled_blocks_compute_the_same_in_one_graph_per_kind(name: str) -> None:
     backbone = make(name)
     args = inputs(backbone)

@@ -139,7 +139,7 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
         lambda s: s.update({"blocks.0.mlp.fc1.bias": torch.zeros(7)}),
         r"blocks.0.mlp.fc1.bias is \[7\] and should be \[192\]",
     ),
-    "many": (lambda s: [s.pop(k) for k in list(s) if ".mlp." in k], "and 5 more"),
+    "many": (lambda s: [s.pop(k) for k in list(s) if ".mlp." in k], "12 missing: .* and 9 more"),
     "table": (lambda s: s["pos_embed"].add_(0.5), "pos_embed in the checkpoint is not the sine-cosine"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,57 +15,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ditloom.contracts.backbone import Backbone
-from ditloom.contracts.clock import Schedule
 from ditloom.contracts.errors import UserError
-from ditloom.contracts.method import Codec, Control, Handler, Steps
 from ditloom.contracts.plan import Action
-from ditloom.contracts.site import OUTPUT, Site, branch
-from ditloom.sites.codecs import DELTA, HOLD, VALUE
+from ditloom.sites.codecs import DELTA, VALUE
 from ditloom.sites.store import Store
 from ditloom.sites.surface import Surface
 from tests.sites import toys
 from tests.sites.driving import BOTH, by_run, follow, start
+from tests.sites.scripted import Line, Planned
 from tests.sites.walkthroughs import Broadcast, FirstBlockCache, Gap, GuidanceGate, HoldOutput, LearnedGate, SomeRows
 
 COMPUTE, REUSE = Action.COMPUTE, Action.REUSE
-
-
-@dataclass
-class Line:
-    """Extrapolates linearly from the last values that there are; notes every history it was given."""
-
-    depth: int = 1
-    least: int = 1
-    given: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
-
-    def __call__(self, history: Sequence[tuple[int, Any]], step: int) -> Any:
-        self.given.append((step, tuple(s for s, _ in history)))
-        return history[-1][1]
-
-
-@dataclass
-class Planned(Handler):
-    """Controls some sites by a plan written out."""
-
-    actions: Mapping[str, Sequence[Action]]
-    predictor: Any = HOLD
-    codec: Codec = VALUE
-    key: str = "planned"
-
-    def site(self, label: str, surface: Surface) -> Site:
-        if label.startswith("range"):
-            return surface.range(*(int(n) for n in label[6:-1].split(",")))
-        if label in ("output", "branch(uncond)"):
-            return OUTPUT if label == "output" else branch("uncond")
-        kind, _, block = label[:-1].partition("(")
-        return next(s for k in ("attn", "mlp") for s in surface.sites(k) if (s.inner, s.block) == (kind, int(block)))
-
-    def controls(self, surface: Surface) -> Sequence[Control]:
-        return [Control(self.site(label, surface), self.codec, self.predictor) for label in self.actions]
-
-    def plan(self, schedule: Schedule, surface: Surface) -> Steps:
-        sites = {label: self.site(label, surface) for label in self.actions}
-        return [{sites[k]: listed[s] for k, listed in self.actions.items()} for s in range(schedule.steps)]
 
 
 def reference(actions: Sequence[Action], depth: int, least: int) -> tuple[list[int], dict[int, tuple[int, ...]]]:
@@ -204,7 +164,8 @@ def stored(store: Store) -> list[Tensor]:
 @pytest.mark.parametrize("depth", [1, 2])
 def test_memory_held_is_counted_and_within_the_bound(name: str, depth: int) -> None:
     model = toys.make(name)
-    surface = Surface(model, model.embed(toys.latent(), torch.zeros(2), model.prepare(toys.condition(model, 2)))[0].layout)
+    streams, _ = model.embed(toys.latent(), torch.zeros(2), model.prepare(toys.condition(model, 2)))
+    surface = Surface(model, streams.layout)
     plan = [COMPUTE, COMPUTE, REUSE, COMPUTE, REUSE, REUSE]
     labels = [s.label for kind in ("attn", "mlp") for s in surface.sites(kind)]
     handler = Planned({**dict.fromkeys(labels, plan), "output": [COMPUTE] * 5 + [REUSE]}, Line(depth, 1))

@@ -78,7 +78,7 @@ def _read_file(path: Path) -> Any:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+            raise UserError(f"{path} is not a whole safetensors file: {_first_line(error)}") from error
     if path.suffix in PICKLES:
         return _read_pickle(path)
     raise UserError(f"{path} is neither a .safetensors nor a {', '.join(PICKLES)} file")
@@ -95,9 +95,13 @@ def _read_pickle(path: Path) -> Any:
             raise UserError(
                 f"{path} holds Python code beside tensors and was not opened; ask its author for a .safetensors file"
             ) from error
-        raise UserError(f"{path} is not a whole torch file: {text.splitlines()[0]}") from error
+        raise UserError(f"{path} is not a whole torch file: {_first_line(error)}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{path} is not a whole torch file: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is not a whole torch file: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["it is empty"])[0]
 
 
 def _state_dict(held: Any, path: Path) -> tuple[dict[str, Tensor], str]:

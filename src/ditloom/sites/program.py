@@ -16,6 +16,7 @@ from ditloom.sites.fates import Fate, Outer, effect, fates, needed_later
 from ditloom.sites.store import Place
 from ditloom.sites.surface import Surface
 
+USING = frozenset({Action.REUSE, Action.ROWS, Action.MIX})
 KEEPING = frozenset({Action.COMPUTE, Action.DEFER, Action.ROWS, Action.MIX})
 Controls = Mapping[str, Sequence[Control]]
 Plans = Mapping[str, Steps]
@@ -85,6 +86,7 @@ class Program:
 
     handlers: list[Handler]
     steps: list[StepProgram]
+    surface: Surface
 
     @cached_property
     def observers(self) -> list[Handler]:
@@ -146,7 +148,7 @@ def build(handlers: Sequence[Handler], schedule: Schedule, surface: Surface) -> 
     check(ordered, controls, plans, taps)
     steps = [StepProgram() for _ in range(schedule.steps)]
     by_key = {h.key: h for h in ordered}
-    for (key, control), found in _fates(controls, plans).items():
+    for key, control, found in _fates(controls, plans):
         _place_control(by_key[key], control, plans[key], found, steps)
     for handler in ordered:
         for step, placed in zip(steps, taps[handler.key], strict=True):
@@ -157,28 +159,25 @@ def build(handlers: Sequence[Handler], schedule: Schedule, surface: Surface) -> 
         for placed_taps in step.taps.values():
             placed_taps.sort(key=lambda p: canonical_rank(p.tap.op))
         step.outer.sort(key=lambda p: p.site.kind != "output")
-    return Program(ordered, steps)
+    return Program(ordered, steps, surface)
 
 
-def _fates(controls: Controls, plans: Plans) -> dict[tuple[str, Control], list[Fate]]:
+def _fates(controls: Controls, plans: Plans) -> list[tuple[str, Control, list[Fate]]]:
     """The fate of every controlled site on every step, from the outside in: what encloses a site comes before it."""
     listed = [(key, control) for key, several in controls.items() for control in several]
     listed.sort(key=lambda item: _depth(item[1].site))
-    known: list[tuple[str, Site, list[Fate]]] = []
-    found = {}
+    found: list[tuple[str, Control, list[Fate]]] = []
     for key, control in listed:
         site = control.site
         around = [
-            [effect(fate, other.branch is not None, key == other_key) for fate in others]
-            for other_key, other, others in known
-            if other.encloses(site) or (other.branch is not None and site.level != "run")
+            [effect(fate, c.site.branch is not None, key == other) for fate in theirs]
+            for other, c, theirs in found
+            if c.site.encloses(site) or (c.site.branch is not None and site.level != "run")
         ]
         actions = [step.get(site, Action.COMPUTE) for step in plans[key]]
         free = [Outer.FREE] * len(actions)
         outer = [max(effects, key=lambda o: o.value) for effects in zip(free, *around, strict=True)]
-        found[key, control] = fates(actions, outer, control.predictor)
-        if site.level != "block":
-            known.append((key, site, found[key, control]))
+        found.append((key, control, fates(actions, outer, control.predictor)))
     return found
 
 
@@ -194,6 +193,8 @@ def _place_control(
     held = False
     for s, step in enumerate(steps):
         action = plan[s].get(site, Action.COMPUTE)
+        if action in USING and found[s] is Fate.SURE:
+            action = Action.COMPUTE
         stores = action is not Action.SKIP and needed_later(found, s, depth)
         if held and not (stores or needed_later(found, s - 1, depth)):
             step.drops.append(place)

@@ -111,6 +111,8 @@ def exclusive(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is writing to {folder}: wait for it or choose another folder") from None
+        except OSError:
+            pass  # a file system without locks
         yield
     finally:
         os.close(handle)
