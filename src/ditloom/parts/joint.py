@@ -44,8 +44,8 @@ def joint_macs(projections: Mapping[str, Projections], layout: Layout) -> int:
 def within(context: Context, layout: Layout, stream: str) -> Context:
     """The context for an attention among the tokens of one stream: the same rule, cut down to that stream."""
     settled = context.rule
-    if settled is None:
-        return context
+    if not isinstance(settled, Settled):
+        return context  # a rule that is not settled is worked out for the layout it meets
     at, gates = layout.stream_slice(stream), dict(context.gates)
     names = [span.name for span in layout.of(stream)]
     plans = []
