@@ -36,17 +36,17 @@ def test_lightning_dit_without_flags_is_a_dit_bit_for_bit() -> None:
     x, t, condition = inputs(dit)
     native = dit.preset.time.native(t)
     out = copied(replace(bare, time=dit.preset.time), dit)(x, t, condition)
-    assert torch.equal(out, dit(x, t, condition)[:, :4])
+    assert torch.equal(-out, dit(x, t, condition)[:, :4])
     assert torch.equal(copied(bare, dit)(x, 1 - native, condition), out)
 
 
 @torch.no_grad()
-def test_sit_is_the_first_half_of_a_dit_in_its_own_time() -> None:
+def test_sit_is_minus_the_first_half_of_a_dit_in_its_own_time() -> None:
     dit = make("dit")
     sit = copied(SiTConfig(**CLASSES), dit)
     x, t, condition = inputs(dit)
     own = dit.preset.time.noise_level(1 - t)
-    assert torch.equal(sit(x, t, condition), dit(x, own, condition)[:, :4])
+    assert torch.equal(-sit(x, t, condition), dit(x, own, condition)[:, :4])
     assert SiTConfig(**CLASSES).sign == -1
     assert sit.preset.time.native(torch.tensor([0.0, 0.25])).tolist() == [1.0, 0.75]
 
@@ -252,3 +252,22 @@ def test_small_text_models_fit_the_project() -> None:
     assert condition.text.shape == (2, 16, 384)
     assert TEXT["text_width"] == 32
     assert DiTConfig(**CLASSES).out_channels == 8
+
+
+@torch.no_grad()
+def test_released_velocities_point_the_way_the_process_says() -> None:
+    """An official SiT that predicts x0 - noise everywhere: with the preset's process, its estimate is the data."""
+    from ditloom.contracts.registries import PROCESSES
+
+    config = SiTConfig(**CLASSES)
+    sit = config.build().eval()  # all zero but the output's bias: a constant official output
+    sit.final_layer.linear.bias.copy_(torch.randn(32, generator=torch.Generator().manual_seed(0)))
+    settings = {k: v for k, v in config.process.items() if k != "name"}
+    process = PROCESSES.get(config.process["name"])(**settings)
+    x0 = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    toward_data = -sit(x0, t, Condition(label=torch.tensor([1, 2, 3])))
+    noise = x0 - toward_data
+    x = process.add_noise(x0, noise, t)
+    estimate = process.estimate(x, t, sit(x, t, Condition(label=torch.tensor([1, 2, 3]))))
+    torch.testing.assert_close(estimate.x0, x0, rtol=1e-4, atol=1e-4)

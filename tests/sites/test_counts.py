@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -80,19 +80,21 @@ def scripts(draw: Any) -> dict[str, list[Action]]:
     return {label: actions(label) for label in sorted(labels)}
 
 
+UNSHRUNK = (Phase.explicit, Phase.generate)
+"""Shrinking takes minutes at this price per example."""
 ALONE = st.sets(st.integers(0, 4))
 FAMILY = st.sampled_from(["dit", "mmdit", "mmdit-dual"])
 
 
 @given(scripts(), FAMILY, st.booleans(), st.booleans(), ALONE)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10, phases=UNSHRUNK, deadline=None)
 def test_random_plans(script: dict[str, list[Action]], name: str, batched: bool, one: bool, alone: set[int]) -> None:
     check_plans(script, name, batched, one, alone)
 
 
 @pytest.mark.slow
 @given(scripts(), FAMILY, st.booleans(), st.booleans(), ALONE)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, phases=UNSHRUNK, deadline=None)
 def test_many_random_plans(
     script: dict[str, list[Action]], name: str, batched: bool, one: bool, alone: set[int]
 ) -> None:

@@ -167,8 +167,8 @@ def test_a_run_folder_that_is_a_file_is_one_sentence(tmp_path):
         save(tmp_path / "run", 1, content(1), {})
 
 
-def _save_for_ever(run: Path) -> None:
-    images = 100
+def _save_for_ever(run: Path, images: int, begun) -> None:
+    begun.set()
     while True:
         save(run, images, content(images), {"images": images}, keep=2)
         images += 1
@@ -176,19 +176,24 @@ def _save_for_ever(run: Path) -> None:
 
 def test_thirty_five_random_kills_never_leave_nothing(tmp_path):
     context, dice = multiprocessing.get_context("fork"), random.Random(0)
+    save(tmp_path, 9, content(9), {"images": 9})
+    start = time.monotonic()
     save(tmp_path, 10, content(10), {"images": 10})
-    newest = 10
+    typical, newest = min(time.monotonic() - start, 0.02), 10
     for _ in range(35):
-        child = context.Process(target=_save_for_ever, args=(tmp_path,))
+        begun = context.Event()
+        child = context.Process(target=_save_for_ever, args=(tmp_path, newest + 1, begun))
         child.start()
-        time.sleep(dice.uniform(0.001, 0.04))
+        begun.wait()
+        time.sleep(dice.uniform(0, 3 * typical))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         found = latest(tmp_path)
         assert found.path is not None and found.broken == ()
-        assert same(found.path, read(found.path).images)
-        newest = max(newest, read(found.path).images)
-    assert newest > 100
+        images = read(found.path).images
+        assert images >= newest and same(found.path, images)
+        newest = images
+    assert newest > 10
 
 
 def test_the_last_ones_and_the_marked_ones_are_kept(tmp_path):

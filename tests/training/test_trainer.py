@@ -105,11 +105,11 @@ def test_a_finished_run_trains_no_further(tmp_path):
 
 
 def test_training_lowers_the_loss_and_logs_it(tmp_path):
-    built = tiny.trainer(tmp_path, images=1600, lr=3e-3)
+    built = tiny.trainer(tmp_path, images=800, lr=3e-3)
     built.train()
     images, losses = series(read_metrics(tmp_path / "metrics.jsonl"), "loss")
-    assert images == list(range(16, 1601, 16))
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert images == list(range(16, 801, 16))
+    assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
     names = set(read_metrics(tmp_path / "metrics.jsonl")[0])
     assert {"images", "loss", "denoise.mse", "gradient", "rate", "seconds", "speed"} <= names
 
@@ -155,9 +155,7 @@ def test_changed_data_is_refused(tmp_path):
 def test_a_checkpoint_of_another_network_is_refused_by_name(tmp_path):
     tiny.trainer(tmp_path, images=32).train()
     other = tiny.trainer(tmp_path)
-    other.learner = tiny.Learner(
-        {"student": tiny.network(width=48)}, tiny.PROCESS, other.learner.phases, averages={}
-    )
+    other.learner = tiny.Learner({"student": tiny.network(width=48)}, tiny.PROCESS, other.learner.phases, averages={})
     with pytest.raises(UserError, match=r"'model' does not fit this model: .* has shape \[32"):
         other.train()
 

@@ -28,9 +28,7 @@ CONFIG = TrainConfig(images=128, batch=8, log_every=16, save_every=10**9)
 def network(depth: int = 2, width: int = 32):
     """A DiT with fresh weights, its zero tensors randomised so that every gradient flows."""
     torch.manual_seed(0)
-    config = DiTConfig(
-        depth=depth, width=width, heads=2, image_size=8, channels=4, classes=CLASSES, learn_sigma=False
-    )
+    config = DiTConfig(depth=depth, width=width, heads=2, image_size=8, channels=4, classes=CLASSES, learn_sigma=False)
     model = config.build()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -25,8 +25,6 @@ MODES = {
     "fsdp accumulated": {"parallel": "fsdp", "micro_batch": 2},
     "ddp bf16": {"parallel": "ddp", "precision": "bf16", "micro_batch": 2},
     "fsdp bf16": {"parallel": "fsdp", "precision": "bf16", "micro_batch": 2},
-    "ddp checkpointed": {"parallel": "ddp", "checkpointing": True},
-    "fsdp checkpointed": {"parallel": "fsdp", "checkpointing": True},
 }
 
 

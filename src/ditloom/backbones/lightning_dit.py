@@ -79,7 +79,7 @@ class ShiftlessAdaLN(AdaLN):
 class LightningDiT(DiT):
     """DiT with RMSNorm, SwiGLU and rotary positions. Of 2C outputs (learn_sigma) the second half is dropped.
 
-    x [B, C, H, W], prediction [B, C, H, W].
+    x [B, C, H, W]; prediction [B, C, H, W], the velocity dx/dt: minus what the official network returns.
     """
 
     missing: ClassVar[Mapping[str, str]] = {
@@ -114,7 +114,7 @@ class LightningDiT(DiT):
         return cos.to(device), sin.to(device)
 
     def head(self, streams: Streams, context: Context) -> Tensor:
-        return super().head(streams, context)[:, : self.preset.channels]
+        return self.preset.sign * super().head(streams, context)[:, : self.preset.channels]
 
 
 SIZES = {

@@ -19,7 +19,8 @@ from ditloom.contracts.time import REVERSED, TimeInput
 class SiTConfig(DiTConfig):
     """Settings of a SiT: those of a DiT. Its own time is 1 at the data and goes to the sinusoid unscaled.
 
-    Released weights predict the velocity towards the data, x0 - noise: `sign` times the velocity of the process.
+    Released weights predict the velocity towards the data, x0 - noise. `sign` turns it into the process's velocity,
+    dx/dt in noise-level time, which is noise - x0; the head applies it.
     """
 
     family: ClassVar[str] = "sit"
@@ -36,13 +37,13 @@ class SiTConfig(DiTConfig):
 class SiT(DiT):
     """The network of DiT with the same weights by name; of its 2C outputs the second half is dropped.
 
-    x [B, C, H, W], prediction [B, C, H, W].
+    x [B, C, H, W]; prediction [B, C, H, W], the velocity dx/dt: minus what the official network returns.
     """
 
     missing: ClassVar[Mapping[str, str]] = {kind: reason.replace("DiT", "SiT") for kind, reason in DiT.missing.items()}
 
     def head(self, streams: Streams, context: Context) -> Tensor:
-        return super().head(streams, context)[:, : self.preset.channels]
+        return self.preset.sign * super().head(streams, context)[:, : self.preset.channels]
 
 
 def _from_dit(config: DiTConfig) -> SiTConfig:

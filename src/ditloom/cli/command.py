@@ -43,10 +43,14 @@ OptionalPath = Annotated[Path | None, _value("PATH", Path, "a path"), QUIET]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command found: plain values for programs, lines and rich tables for people."""
+    """What a command found: plain values for programs, lines and rich tables for people.
+
+    quiet: another process of the same launch gives the answer.
+    """
 
     document: Any
     shown: Sequence[Any] = ()
+    quiet: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

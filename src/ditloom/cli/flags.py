@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import TypeVar, get_type_hints
 
 import tyro
 
 from ditloom.cli.command import Command
-from ditloom.contracts.errors import UnknownName, UserError
+from ditloom.contracts.errors import UserError
 
 C = TypeVar("C", bound=Command)
 HELP = frozenset(("-h", "--help"))
+
+
+class UnknownOption(UserError):
+    """An option that a command has not; the nearest are found by their words, without the dashes that all share."""
+
+    def __init__(self, command: str, given: str, known: Iterable[str]):
+        words = {flag.lstrip("-"): flag for flag in sorted(known)}
+        near = [words[word] for word in get_close_matches(given.strip("-").casefold(), words, n=2, cutoff=0.6)]
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(words.values())}"
+        super().__init__(f"unknown option {given} of {command}: {hint}")
 
 
 def parsed(command: type[C], name: str, arguments: Sequence[str]) -> C:
     """The command with its options filled in; `SystemExit(0)` after --help."""
     for flag in _flags_in(arguments):
         if flag not in known_flags(command):
-            raise UnknownName(f"option of {name}", flag, known_flags(command) - HELP)
+            raise UnknownOption(name, flag, known_flags(command) - HELP)
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,8 @@ from ditloom.cli.show import json_text, say, show
 from ditloom.contracts.errors import UserError
 
 USER_ERROR, INTERRUPTED = 2, 130
+# a function decorated with no_grad is called from torch's wrapper, which then passes for the place of its warning
+OURS = r"ditloom\.|torch\.utils\._contextlib$"
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
@@ -43,6 +46,8 @@ def run(name: str, arguments: Sequence[str]) -> int:
 
 
 def _print(answer: Answer, as_json: bool) -> int:
+    if answer.quiet:
+        return 0
     if as_json:
         print(json_text(answer.document))
     else:
@@ -63,17 +68,17 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def spoken_warnings() -> Iterator[None]:
-    """Warnings of this package as a sentence each, said once; those of others stay unsaid."""
+    """Warnings of this package as a sentence each, said once whatever the numbers in them; others stay unsaid."""
     said: set[str] = set()
 
-    def speak(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
-        sentence = f"{message}"
-        if issubclass(category, UserWarning) and sentence not in said:
-            said.add(sentence)
-            say(f"note: {sentence}")
+    def speak(message: Any, *_: Any, **__: Any) -> None:
+        kind = re.sub(r"\d+", "", str(message))
+        if kind not in said:
+            said.add(kind)
+            say(f"note: {message}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", category=UserWarning, module=r"ditloom\.")
+        warnings.filterwarnings("always", category=UserWarning, module=OURS)
         warnings.showwarning = speak
         yield

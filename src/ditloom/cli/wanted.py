@@ -1,12 +1,16 @@
-"""What a person asks to see: prompts, a file of prompts, classes; and the seeds to draw each with."""
+"""What a person asks to see: prompts, a file of prompts, classes; the seeds to draw each with; how to draw."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ditloom.contracts.errors import UserError
+from ditloom.contracts.registries import GUIDANCE, METHODS, SAMPLERS
+from ditloom.contracts.registry import Registry
+from ditloom.contracts.settings import parse
 
 if TYPE_CHECKING:
     from ditloom.model import Input, Model
@@ -89,9 +93,47 @@ def size_of(text: str | None) -> int | tuple[int, int] | None:
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
+def settings_of(
+    model: Model,
+    *,
+    steps: int | None,
+    guidance: str | None,
+    sampler: str | None,
+    size: str | None,
+    negative: str | None = None,
+    using: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What `Model.generate` takes, the model's own defaults filled in and every name and value looked at."""
+    for registry, spec in ((SAMPLERS, sampler), (GUIDANCE, guidance), *((METHODS, method) for method in using)):
+        if isinstance(spec, str) and not _is_number(spec):
+            check_spec(registry, spec)
+    settings = model.settings(steps=steps, guidance=guidance_of(guidance), sampler=sampler, size=size_of(size))
+    shape = model.latent_shape(settings["size"])
+    if size is not None:
+        model.surface(shape)
+    kept = {name: settings[name] for name in ("steps", "guidance", "sampler")}
+    height, width = (side * model.latents.factor for side in shape[1:])
+    return {**kept, "size": (height, width), "negative": negative, "using": tuple(using)}
+
+
+def check_spec(registry: Registry, spec: str) -> None:
+    """Refuse a name that is not known, a setting it has not, and a value of the wrong type."""
+    from ditloom.training.config import read_settings
+
+    name, given = parse(spec)
+    target = registry.get(name)
+    if isinstance(target, type) and is_dataclass(target):
+        read_settings(target, given, f"{registry.kind} {name}")
+
+
 def guidance_of(text: str | None) -> str | float | None:
     """A scale where the text is a number, else a rule such as "cfg:scale=3,end=0.8"."""
+    return float(text) if text is not None and _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
     try:
-        return None if text is None else float(text)
+        float(text)
     except ValueError:
-        return text
+        return False
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def within(context: Context, layout: Layout, stream: str) -> Context:
     plans = []
     for n, plan in enumerate(settled.plans):
         elsewhere = all(isinstance(m, Padding) and m.segment not in names for m in settled.rule.terms[n].masks)
-        kind = "none" if plan.kind == "none" or elsewhere else "dense"
+        kind: Literal["none", "dense"] = "none" if plan.kind == "none" or elsewhere else "dense"
         if kind == "dense":
             gates[f"mask.{n}"] = _mask(n, plan, layout, context.gates)[:, at, at]
         if isinstance(plan.weight, str) and gates[plan.weight].shape[-1] == layout.length():

@@ -73,7 +73,7 @@ class Outside:
                 handler.observe(self.clock, dict(found), self.run.memo(handler))
         leading = self._leading(found)
         for planned in storing:
-            for name in self._branches(planned):
+            for name in (n for n in self._branches(planned) if n in found):
                 codec, x = planned.control.codec, self.x if planned.site.branch is None else leading
                 depth, rows = planned.control.predictor.depth, Rows((name,), len(self.x))
                 z = codec.encode(x, found[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +34,20 @@ PASSIVE = StepProgram()
 Look = Callable[[Probe], Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What the backbone prepared for some branches, and of what, by branch."""
+
+    made_of: dict[str, Hashable]
+    rows: Rows
+    memory: Memory
+
+    def part(self, branch: str) -> Memory:
+        """The rows of one branch."""
+        at = self.rows.slice(branch)
+        return tree_map(lambda t: t[at], self.memory)
+
+
 class Run:
     """One trajectory of a backbone under some handlers. Nothing is global: two runs never meet.
 
@@ -61,7 +76,7 @@ class Run:
         self.asked: tuple[str, ...] = tuple(self.conditions)
         self.seen_layout: Layout | None = None
         self._weights, self._marks = Weights(backbone), Marks()
-        self._memories: list[tuple[dict[str, Hashable], Memory]] = []
+        self._memories: list[Prepared] = []
         self._surfaces: dict[Layout, Surface] = {}
         self._memos: dict[str, dict[str, Any]] = {}
         self._decisions: dict[tuple[str, str, int], Action] = {}
@@ -172,24 +187,27 @@ class Run:
         return AddedSegments(self, program.segmenters, program.rulers, clock, rows)
 
     def _memory(self, rows: Rows, clock: Clock) -> Memory:
-        """What is prepared for some branches, again when their condition or the weights have changed."""
+        """What is prepared for some branches: for each once, and again when its condition or the weights change."""
         weights = self._weights.version(clock.step)
         made_of: dict[str, Hashable] = {b: (weights, of_condition(self.conditions[b])) for b in rows.branches}
-        for known, memory in self._memories:
-            if all(known.get(b) == made_of[b] for b in rows.branches):
-                held = Rows(tuple(known), rows.samples)
-                return memory if held == rows else _some(memory, held, rows)
-        parts = [self.conditions[b] for b in rows.branches]
-        memory = self.backbone.prepare(Condition.cat(parts) if len(parts) > 1 else parts[0])
-        self._memories = [held for held in self._memories if not held[0].keys() <= made_of.keys()]
-        self._memories.append((made_of, memory))
-        self._prepared_rows += rows.total
-        return memory
+        held = [h for h in self._memories if all(made_of.get(b, mark) == mark for b, mark in h.made_of.items())]
+        missing = Rows(tuple(b for b in rows.branches if not any(b in h.made_of for h in held)), rows.samples)
+        if missing.branches:
+            parts = [self.conditions[b] for b in missing.branches]
+            memory = self.backbone.prepare(Condition.cat(parts) if len(parts) > 1 else parts[0])
+            held.append(Prepared({b: made_of[b] for b in missing.branches}, missing, memory))
+            self._prepared_rows += missing.total
+        if not any(h.rows == rows for h in held):
+            found = [next(h.part(b) for h in held if b in h.made_of) for b in rows.branches]
+            memory = found[0] if len(found) == 1 else tree_map(lambda *t: torch.cat(t), *found)
+            held.append(Prepared(made_of, rows, memory))
+        self._memories = held
+        return next(h.memory for h in held if h.rows == rows)
 
     def prepared(self, surface: Surface) -> int:
         """MACs of what was prepared since last asked; a plain run prepares every branch once."""
         rows, self._prepared_rows = self._prepared_rows, 0
-        new = {b for made_of, _ in self._memories for b in made_of} - self._prepared
+        new = {b for held in self._memories for b in held.made_of} - self._prepared
         self._prepared |= new
         samples = max((c.batch or 1 for c in self.conditions.values()), default=1)
         self.report.full_macs += len(new) * samples * surface.ends["prepare"]
@@ -249,12 +267,6 @@ def _rows_of(x: Tensor, clock: Clock, names: Sequence[str]) -> tuple[Tensor, Ten
     """x for every branch, and its native time."""
     batch = torch.cat([x] * len(names)) if len(names) > 1 else x
     return batch, torch.full((len(batch),), clock.native, dtype=torch.float64, device=x.device)
-
-
-def _some(memory: Memory, all_rows: Rows, rows: Rows) -> Memory:
-    """The part of what was prepared for more branches."""
-    parts = [tree_map(lambda t, b=b: t[all_rows.slice(b)], memory) for b in rows.branches]
-    return parts[0] if len(parts) == 1 else tree_map(lambda *t: torch.cat(t), *parts)
 
 
 def _readable(size: int) -> str:

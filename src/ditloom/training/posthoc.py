@@ -43,7 +43,7 @@ def save_snapshot(run: Path, moment: Moment, averages: dict[str, Tensor], dtype:
 
 def snapshots(run: Path) -> dict[Moment, Path]:
     """The saved averages of a run, by moment."""
-    found = (((run / FOLDER).glob("power-*.safetensors")) if (run / FOLDER).is_dir() else ())
+    found = ((run / FOLDER).glob("power-*.safetensors")) if (run / FOLDER).is_dir() else ()
     return dict(sorted((_moment(path), path) for path in found))
 
 

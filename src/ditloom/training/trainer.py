@@ -160,9 +160,7 @@ class Trainer:
             mark = self.config.mark_every
             marked = mark is not None and images // mark > max(self.saved_at, 0) // mark
             try:
-                checkpoint.save(
-                    self.run, images, tensors, self._state(images), keep=self.config.keep, marked=marked
-                )
+                checkpoint.save(self.run, images, tensors, self._state(images), keep=self.config.keep, marked=marked)
             except UserError as error:
                 failure = str(error)
         failure = self.world.share(failure)

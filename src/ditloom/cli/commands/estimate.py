@@ -10,7 +10,7 @@ from tyro.conf import Positional, UseAppendAction
 
 from ditloom.cli.command import Answer, Command, OptionalPath, OptionalText, OptionalWhole, Whole
 from ditloom.cli.place import device_of, dtype_of
-from ditloom.cli.wanted import guidance_of, size_of
+from ditloom.cli.wanted import settings_of
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.registry import register
 
@@ -91,9 +91,6 @@ class Estimate(Command):
         from ditloom.model import load
 
         model = load(str(self.model), dtype=dtype_of(self.dtype), device=device)
-        settings = model.settings(
-            steps=self.steps, guidance=guidance_of(self.guidance), sampler=self.sampler, size=size_of(self.size)
-        )
-        kept = {name: settings[name] for name in ("steps", "guidance", "sampler", "size")}
+        settings = settings_of(model, steps=self.steps, guidance=self.guidance, sampler=self.sampler, size=self.size)
         order = Order(inputs=[None], each=self.count, batch_size=self.batch_size)
-        return estimate_generate(model, order, {**kept, "negative": None}, probe=self.probe > 0)
+        return estimate_generate(model, order, settings, probe=self.probe > 0)

@@ -13,7 +13,7 @@ from tyro.conf import Positional, UseAppendAction
 from ditloom.cli.command import Answer, Command, OptionalPath, OptionalText, OptionalWhole, Whole
 from ditloom.cli.commands.data import source_of
 from ditloom.cli.show import shown_path, table
-from ditloom.cli.wanted import guidance_of
+from ditloom.cli.wanted import guidance_of, settings_of
 from ditloom.contracts.data import DataSource
 from ditloom.contracts.errors import UnknownName, UserError
 from ditloom.contracts.registry import register
@@ -70,6 +70,7 @@ class Evaluate(Command):
 
         self._check_names()
         model = load(self.model)
+        settings_of(model, steps=self.steps, guidance=self.guidance, sampler=self.sampler, size=None, using=self.using)
         known = self.data or _said_source(model)
         training = source_of(known)
         held_out = source_of(self.held_out) if self.held_out else beside(known)

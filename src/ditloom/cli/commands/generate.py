@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +18,7 @@ from tyro.conf import Positional, UseAppendAction
 from ditloom.cli.command import Answer, Command, OptionalPath, OptionalText, OptionalWhole, Whole
 from ditloom.cli.place import Share, device_of, dtype_of, share
 from ditloom.cli.show import say, shown_path
-from ditloom.cli.wanted import guidance_of, inputs_of, seeds_of, size_of
+from ditloom.cli.wanted import inputs_of, seeds_of, settings_of
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.registry import register
 
@@ -118,14 +119,18 @@ class Generate(Command):
 
     def _settings(self, model: Model, order: Order) -> dict[str, Any]:
         """What `Model.generate` is told, everything resolved; one batch is prepared so that mistakes show now."""
-        settings = model.settings(
-            steps=self.steps, guidance=guidance_of(self.guidance), sampler=self.sampler, size=size_of(self.size)
+        settings = settings_of(
+            model,
+            steps=self.steps,
+            guidance=self.guidance,
+            sampler=self.sampler,
+            size=self.size,
+            negative=self.negative,
+            using=self.using,
         )
-        model.batch(order.inputs[:1], [0], settings, self.negative, self.using)
-        _, height, width = model.latent_shape(settings["size"])
-        size = (height * model.latents.factor, width * model.latents.factor)
-        kept = {name: settings[name] for name in ("steps", "guidance", "sampler")}
-        return {**kept, "size": size, "negative": self.negative, "using": self.using}
+        with warnings.catch_warnings(action="ignore"):
+            model.batch(order.inputs[:1], [0], {**settings, "seed": 0}, self.negative, self.using)
+        return settings
 
     def _folder(self, mine: Share) -> Path:
         if self.out is not None:
@@ -170,9 +175,7 @@ class Generate(Command):
         if self.grid != 0 and folder.has(shown) and (work.drawn or not folder.grid.exists()):
             write_grid(folder, [_title(order.input(number)) for number in shown], self.grid, record["pictures"])
 
-    def _answer(
-        self, folder: RunFolder, order: Order, record: Mapping[str, Any], work: _Work, mine: Share
-    ) -> Answer:
+    def _answer(self, folder: RunFolder, order: Order, record: Mapping[str, Any], work: _Work, mine: Share) -> Answer:
         grid = folder.grid if folder.grid.exists() else None
         document = {
             "folder": folder.path,
@@ -186,7 +189,7 @@ class Generate(Command):
             "report": work.report.to_dict(),
         }
         told = [f"{work}: {shown_path(folder.images)}", *work.report.notes, *([shown_path(grid)] if grid else [])]
-        return Answer(document, told if mine.leads else [])
+        return Answer(document, told, quiet=not mine.leads)
 
 
 @dataclass(frozen=True)

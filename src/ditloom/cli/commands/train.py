@@ -43,7 +43,7 @@ class Train(Command):
         recipe = recipe_of(self.recipe, self.set)
         with launched(self.device) as world:
             outcome = self._train(recipe, world)
-            return self._finished(recipe, outcome) if world.leader else Answer({})
+            return self._finished(recipe, outcome) if world.leader else Answer({}, quiet=True)
 
     @property
     def folder(self) -> Path:
@@ -74,6 +74,7 @@ class Train(Command):
         from ditloom.training.export import exported
 
         model = exported(self.folder)
+        model.info.setdefault("name", self.recipe.stem)
         model.info.setdefault("source", recipe.to_dict()["data"]["source"])
         return model.save(self.folder / "model")
 
