@@ -159,7 +159,7 @@ def _counted(monkeypatch, work, stop_at):
 
 def test_kill_nine_and_resume(ditloom, model_folder, tmp_path):
     """A process killed while it draws; what it left is whole, and the same command ends with the same bytes."""
-    count = 400
+    count = 200
     command = [sys.executable, "-m", "ditloom.cli", *map(str, bulk("killed", model_folder, count)), "--steps", "2"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     images, deadline = tmp_path / "killed/images", time.monotonic() + 120

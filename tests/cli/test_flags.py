@@ -20,6 +20,15 @@ BOX = """╭─ Missing argument ───────────────�
 """
 
 
+PLAIN = """ Value error
+ ------------------------------------------
+ Error parsing --steps: expected a number.
+
+ Got errors:
+ ------------------------------------------
+"""
+
+
 def generate(*arguments):
     return parsed(Generate, "generate", arguments)
 
@@ -72,4 +81,7 @@ def test_no_unknown_word_passes_as_an_option(word):
 
 def test_the_frame_around_a_complaint_is_taken_off():
     assert sentence_of(BOX) == "Missing value for argument '--steps'. Expected 1 values"
+    coloured = BOX.replace("Missing value", "\x1b[31mMissing\x1b[0m value")
+    assert sentence_of(coloured) == sentence_of(BOX)
+    assert sentence_of(PLAIN) == "--steps: expected a number"
     assert sentence_of("") == "the options could not be read"

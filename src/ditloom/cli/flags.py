@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
+from itertools import takewhile
 from typing import TypeVar, get_type_hints
 
 import tyro
@@ -15,6 +17,7 @@ from ditloom.cli.command import Command
 from ditloom.contracts.errors import UserError
 
 C = TypeVar("C", bound=Command)
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 HELP = frozenset(("-h", "--help"))
 
 
@@ -62,11 +65,8 @@ def _flags_in(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def sentence_of(box: str) -> str:
-    """The complaint inside the frame that tyro draws around it, up to its first rule or blank line."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    said: list[str] = []
-    for line in lines:
-        if not line or set(line) == {"─"}:
-            break
-        said.append(line)
+    """The complaint inside the frame that tyro draws, from below its title to its next rule or blank line."""
+    lines = [line.strip("│ ") for line in COLOUR.sub("", box).splitlines()]
+    title = next((place for place, line in enumerate(lines) if line.startswith(("╭", "---"))), len(lines))
+    said = takewhile(lambda line: line and not line.startswith(("╰", "─", "---")), lines[title + 1 :])
     return " ".join(said).rstrip(".").removeprefix("Error parsing ") or "the options could not be read"

@@ -90,8 +90,8 @@ class Evaluate(Command):
         for metric in self._metrics(captioned=False):
             METRICS.info(parse(metric)[0])
         EXTRACTORS.info(parse(self.extractor)[0])
-        for name, value in (("--count", self.count or 1), ("--batch-size", self.batch_size)):
-            if value < 1:
+        for name, value in (("--count", self.count), ("--batch-size", self.batch_size)):
+            if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1; got {value}")
 
     def _metrics(self, captioned: bool) -> list[str]:

@@ -174,6 +174,8 @@ class Generate(Command):
         shown = range(min(order.total, ON_GRID))
         if self.grid != 0 and folder.has(shown) and (work.drawn or not folder.grid.exists()):
             write_grid(folder, [_title(order.input(number)) for number in shown], self.grid, record["pictures"])
+            if not mine.leads:
+                say(shown_path(folder.grid))
 
     def _answer(self, folder: RunFolder, order: Order, record: Mapping[str, Any], work: _Work, mine: Share) -> Answer:
         grid = folder.grid if folder.grid.exists() else None
