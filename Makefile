@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test test-all lint bench docs docs-check setup setup-dev clean
 
 demo: $(VENV)/.demo
-	$(BIN)/ditloom generate --model emoji "a red apple" "a sad cat" "a rocket" "a slice of pizza" "a blue heart" "a fire truck" "a smiling sun" "a green dinosaur" --seed 0 --out out/demo
+	$(BIN)/ditloom generate --model emoji "red apple" "crying cat" "rocket" "pizza" "blue heart" "bicycle" "sun with face" "castle" --seed 0 --out out/demo
 
 test: $(VENV)/.dev lint
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n 2
@@ -18,7 +18,7 @@ test-all: $(VENV)/.dev lint
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests recipes benchmarks docs
-	$(BIN)/ruff format --check --diff src tests recipes benchmarks >/dev/null || (echo "run: ruff format src tests recipes benchmarks"; exit 1)
+	$(BIN)/ruff format --check -q src tests recipes benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -1,6 +1,6 @@
 """DiT-S/2 at 32x32x4, batch 8: inference and a training step against diffusers' DiTTransformer2DModel under autocast.
 
-    python -m benchmarks dit_speed
+python -m benchmarks dit_speed
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def training() -> dict[str, float]:
 
 def train_step_of(learner: Learner) -> Callable[[Tensor, Tensor, Tensor, Condition], None]:
     """One optimiser step on given tensors through the trainer's own learner."""
+
     def step(x: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> None:
         batch = TrainBatch(x=x, noise=noise, t=t, condition=condition, indices=range(len(x)))
         learner.learn([batch], 0, len(x))

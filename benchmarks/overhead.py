@@ -1,6 +1,6 @@
 """What the extension mechanism costs: nothing attached against a hand-written loop, attached and idle against nothing.
 
-    python -m benchmarks overhead
+python -m benchmarks overhead
 """
 
 from __future__ import annotations

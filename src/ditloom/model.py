@@ -191,9 +191,7 @@ class Model:
         arrays = [p.permute(1, 2, 0).numpy() for p in pixels]
         return [Image.fromarray(a.squeeze(-1) if a.shape[-1] == 1 else a) for a in arrays]
 
-    def _conditions(
-        self, inputs: Sequence[Input], negative: Input, branches: Sequence[str]
-    ) -> dict[str, Condition]:
+    def _conditions(self, inputs: Sequence[Input], negative: Input, branches: Sequence[str]) -> dict[str, Condition]:
         device, dtype = self.backbone.device, self.backbone.dtype
         cond = self.conditioner.encode(list(inputs)).to(device, dtype)
         made = {"cond": cond}
@@ -238,6 +236,7 @@ class Model:
             tensors = {k: _stored(v, dtype) for k, v in self._state().items()}
             beside = folder / "model.safetensors.part"
             save_file(tensors, beside)
+            beside.chmod(0o644)
             beside.replace(folder / "model.safetensors")
             beside = folder / "config.json.part"
             beside.write_text(json.dumps(self.config(), indent=2) + "\n", encoding="utf-8")

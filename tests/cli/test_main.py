@@ -1,10 +1,13 @@
 """The front door: help, version, mistakes, interruptions, and what it costs to ask."""
 
 import os
+import re
 import resource
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,7 @@ from ditloom import __version__
 from ditloom.cli import FOLDER, main
 from ditloom.cli.commands import COMMANDS
 from ditloom.cli.commands.methods import Methods
+from ditloom.cli.flags import parsed
 from ditloom.contracts.errors import UserError
 
 NAMES = COMMANDS.names()
@@ -103,6 +107,24 @@ def test_help_of_commands_needs_no_torch():
     calls = "\n".join(f"main([{name!r}, '--help'])" for name in NAMES)
     loaded = _python(f"import sys\nfrom ditloom.cli import main\n{calls}\nprint(*sys.modules, file=sys.stderr)").stderr
     assert "tyro" in loaded.split() and "torch" not in loaded.split()
+
+
+GUIDE = Path(__file__).parents[2] / "docs" / "how-to-command-line.md"
+WRITTEN = [
+    line
+    for line in re.findall(r"(?:^|`|no-python )(ditloom [a-z][^`\n]*)", GUIDE.read_text(), re.M)
+    if " | " not in line
+]
+
+
+@pytest.mark.parametrize("line", sorted(set(WRITTEN)))
+def test_the_guide_writes_commands_as_they_are(line):
+    name, *arguments = shlex.split(line)[1:]
+    assert parsed(COMMANDS.get(name), name, arguments)
+
+
+def test_the_guide_tells_of_every_command():
+    assert {line.split()[1] for line in WRITTEN} == set(NAMES)
 
 
 def _raising(error):

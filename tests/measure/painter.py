@@ -22,9 +22,7 @@ def patch(colour: int, seed: int = 0, size: int = 16) -> np.ndarray:
 
 def real(seeds: range, colours: int = 10) -> Real:
     """Every colour once for each seed; groups are odd and even."""
-    cases = tuple(
-        Case(c, f"{c}-{seed}", "odd" if c % 2 else "even", c) for seed in seeds for c in range(colours)
-    )
+    cases = tuple(Case(c, f"{c}-{seed}", "odd" if c % 2 else "even", c) for seed in seeds for c in range(colours))
     return Real(np.stack([patch(c.label or 0, seed) for seed in seeds for c in cases[:colours]]), cases)
 
 

@@ -17,9 +17,7 @@ def features(count: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 @given(
-    st.lists(
-        st.tuples(st.floats(-3, 3), st.floats(-3, 3), st.floats(0, 4), st.floats(0, 4)), min_size=1, max_size=8
-    )
+    st.lists(st.tuples(st.floats(-3, 3), st.floats(-3, 3), st.floats(0, 4), st.floats(0, 4)), min_size=1, max_size=8)
 )
 @settings(deadline=None, max_examples=50)
 def test_diagonal_gaussians_have_the_closed_form(rows):

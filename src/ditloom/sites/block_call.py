@@ -144,4 +144,3 @@ def _name(placed: Placed) -> str:
     """What a capture asks a block to keep: the stage, or one stream of it."""
     tap = placed.tap
     return tap.stage if tap.stage == "logits" else f"{tap.stage}@{tap.stream}"
-
