@@ -18,18 +18,13 @@ WHOLE = frozenset({Action.COMPUTE, Action.REUSE, Action.DEFER})
 """Actions at a whole output or branch; a range may also be skipped, and everything happens inside blocks."""
 
 
-def canonical(handlers: Sequence[Handler], surface: Surface) -> list[Handler]:
-    """Outermost first, then by key: the order in which the user wrote them does not matter."""
-
-    def rank(handler: Handler) -> tuple[int, str]:
-        levels = [LEVELS[c.site.level] for c in handler.controls(surface)]
-        return min(levels, default=len(LEVELS)), handler.key
-
+def canonical(handlers: Sequence[Handler]) -> list[Handler]:
+    """By key: the order in which the user wrote them does not matter. Where one encloses another, sites tell."""
     keys = [h.key for h in handlers]
     for key in keys:
         if keys.count(key) > 1:
             raise UserError(f"{key} is given twice; one run can hold a method once")
-    return sorted(handlers, key=rank)
+    return sorted(handlers, key=lambda handler: handler.key)
 
 
 def check(

@@ -135,7 +135,7 @@ def overriding(handlers: Sequence[Handler], name: str) -> list[Handler]:
 
 def build(handlers: Sequence[Handler], schedule: Schedule, surface: Surface) -> Program:
     """Plan every step; refuse an illegal set before anything runs."""
-    ordered = canonical(handlers, surface)
+    ordered = canonical(handlers)
     controls = {h.key: tuple(h.controls(surface)) for h in ordered}
     plans = {h.key: h.plan(schedule, surface) for h in ordered}
     taps = {h.key: h.taps(schedule, surface) for h in ordered}

@@ -19,6 +19,7 @@ from ditloom.contracts.method import Handler, Probe
 from ditloom.contracts.plan import Action
 from ditloom.contracts.streams import Memory, Streams
 from ditloom.sites.block_call import SOURCES
+from ditloom.sites.combine import canonical
 from ditloom.sites.compiling import announce
 from ditloom.sites.executor import Forward
 from ditloom.sites.fates import least
@@ -68,7 +69,7 @@ class Run:
     ):
         self.backbone, self.schedule, self.batched = backbone, schedule, batched
         self.conditions = dict(zip(conditions, Condition.aligned(list(conditions.values())), strict=True))
-        self.wanted, self.memory_limit = list(handlers), memory_limit
+        self.handlers, self.memory_limit = canonical(handlers), memory_limit
         self.report, self.store, self.keys = Report(), Store(), Store()
         self.skip_sources = frozenset(backbone.skips.values())
         self.blocks = sum(not b.is_transition for b in backbone.blocks)
@@ -87,15 +88,10 @@ class Run:
         self._prepared: set[str] = set()
         self.plain_macs = 0
 
-    @property
-    def handlers(self) -> list[Handler]:
-        """The handlers in canonical order, once planned."""
-        return self.program.handlers if self.program else self.wanted
-
     def predict(self, x: Tensor, clock: Clock, branches: Sequence[str] | None = None) -> dict[str, Tensor]:
         """The predictions of the branches for x [B, ...] at the clock's time."""
         names = tuple(branches or self.conditions)
-        if not self.wanted:
+        if not self.handlers:
             return self.forwards(x, clock, names, PASSIVE)
         program = self._programmed(x, clock, names)
         step = program.steps[clock.step]
@@ -121,7 +117,7 @@ class Run:
         """
         self.store.clear()
         self._decisions.clear()
-        for handler in overriding(self.wanted, "controls"):
+        for handler in overriding(self.handlers, "controls"):
             self._memos.pop(handler.key, None)
 
     def memo(self, handler: Handler) -> dict[str, Any]:
@@ -223,7 +219,7 @@ class Run:
             surface = self.surface_of(streams.layout)
             self.report.macs += surface.entry * len(batch)
             self.plain_macs = surface.total
-            self.program = build(self.wanted, self.schedule, surface)
+            self.program = build(self.handlers, self.schedule, surface)
             self._check_memory(streams, x)
             announce(self.backbone, self.program.static_plans())
         return self.program

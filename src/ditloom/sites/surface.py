@@ -128,10 +128,10 @@ class Surface:
         return next((skip for skip in self.backbone.skips.items() if (skip[0] in inside) != (skip[1] in inside)), None)
 
     def _nearest(self, i: int, j: int) -> tuple[int, int]:
-        """The self-contained range closest to one that is not."""
+        """The self-contained range closest to one that is not, rather smaller than larger."""
         all_ranges = ((a, b) for a in range(self.blocks) for b in range(a + 1, self.blocks + 1))
         fitting = (r for r in all_ranges if self._crossing(*r) is None)
-        return min(fitting, key=lambda r: abs(r[0] - i) + abs(r[1] - j))
+        return min(fitting, key=lambda r: (abs(r[0] - i) + abs(r[1] - j), r[1] - r[0]))
 
     def keeps_layout(self, site: Site) -> bool:
         """Whether what leaves a range has the layout of what enters it (so that a change can be stored)."""
