@@ -246,7 +246,7 @@ def test_latent_taps_act_in_canonical_order(when: str) -> None:
 
 def test_a_latent_tap_resets_the_history_of_a_solver() -> None:
     """A changed latent is where a multistep solver starts anew: the same as starting there."""
-    got, drawing = drawn(Nudges(2, "after"), sampler=DPMpp2M(spacing="linear"), steps=20)
+    got, drawing = drawn(Nudges(2, "after"), sampler=DPMpp2M(), steps=20)
     walk = Drawing(MODEL, Linear(), DPMpp2M(), CFG(scale=2.0), toys.conditions(MODEL), indices=(0, 1))
     grid = drawing.sampler.grid(Linear(), 20)
     x = walk.prior((toys.CHANNELS, toys.SIZE, toys.SIZE))
