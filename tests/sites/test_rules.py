@@ -44,9 +44,7 @@ from tests.sites.driving import same, start
 from tests.sites.walkthroughs import Regional
 
 GRID = (4, 4)
-LAYOUT = Layout(
-    (Span("image", 16), Span("control", 4), Span("text", 5, "text"), Span("layout", 3, "text")), GRID
-)
+LAYOUT = Layout((Span("image", 16), Span("control", 4), Span("text", 5, "text"), Span("layout", 3, "text")), GRID)
 SCENES = Layout((Span("v1", 4), Span("v2", 6), Span("t1", 2, "text"), Span("t2", 3, "text")))
 N = LAYOUT.length()
 FIRST, SECOND = ("image", "text"), ("image", "layout")
