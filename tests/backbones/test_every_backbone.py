@@ -7,41 +7,45 @@ import json
 import pytest
 import torch
 
-from ditloom.backbones.dit import DiT
 from ditloom.contracts.backbone import Backbone
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.registries import BACKBONES
-from tests.backbones.tiny import TINY, embedded, inputs, make
+from tests.backbones.portrait import PORTRAITS
+from tests.backbones.tiny import OF, TINY, embedded, inputs, make, of_kind
 
 NAMES = list(TINY)
-MODULATED = [name for name in NAMES if not name.startswith("u-vit")]
-ANY_SIZE = MODULATED
-# queries of the text in the last block: computed, normed and dropped, in the published network as here
-DEAD = {"mmdit": {"blocks.2.text.attn.q_norm.weight"}}
+TIMED = [name for name in NAMES if OF[name].token_times]
+RESIZED = [name for name in NAMES if OF[name].other_size]
+ZERO = [name for name in NAMES if OF[name].zero_start]
+IDENTITY = [name for name in NAMES if OF[name].identity_start]
 
 
 def test_every_family_is_asked() -> None:
-    assert {TINY[name].family for name in TINY} == set(BACKBONES.names())
+    assert {TINY[name].family for name in TINY} == set(PORTRAITS) == set(BACKBONES.names())
 
 
 @pytest.fixture(params=NAMES)
-def backbone(request: pytest.FixtureRequest) -> Backbone:
-    return make(request.param)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def channels(backbone: Backbone) -> int:
-    doubled = isinstance(backbone, DiT) and type(backbone) is DiT and backbone.preset.learn_sigma
-    return backbone.preset.channels * (2 if doubled else 1)
+@pytest.fixture
+def backbone(name: str) -> Backbone:
+    return make(name)
+
+
+def channels(name: str) -> int:
+    return OF[name].outputs.get(name, TINY[name].channels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_shape_and_dtype(backbone: Backbone, dtype: torch.dtype) -> None:
+def test_shape_and_dtype(name: str, backbone: Backbone, dtype: torch.dtype) -> None:
     x, t, condition = inputs(backbone)
     expected = backbone(x, t, condition)
     y = backbone.to(dtype)(x.to(dtype), t, condition.to(dtype=dtype))
-    assert y.shape == (3, channels(backbone), *x.shape[2:])
+    assert y.shape == (3, channels(name), *x.shape[2:])
     assert y.dtype is dtype
     similarity = torch.cosine_similarity(y.float().flatten(1), expected.flatten(1))
     assert bool((similarity > 0.99).all()), similarity
@@ -81,13 +85,12 @@ def test_hears_time_and_condition(backbone: Backbone) -> None:
             assert not torch.allclose(backbone(x, t, condition.rows([1, 2, 0])), y, atol=1e-3), (name, value)
 
 
-def test_gradients_reach_every_parameter(backbone: Backbone) -> None:
+def test_gradients_reach_every_parameter(name: str, backbone: Backbone) -> None:
     x, t, condition = inputs(backbone)
     y = backbone(x, t, condition)
     (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
     without = {n for n, p in backbone.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)}
-    allowed = DEAD.get(backbone.preset.family, set()) if getattr(backbone.preset, "qk_norm", None) == "rms" else set()
-    assert without == allowed
+    assert without == OF[name].dead.get(name, frozenset())
     assert all(p.grad is not None for p in backbone.parameters())
 
 
@@ -115,19 +118,20 @@ def test_an_unknown_setting_names_the_nearest(backbone: Backbone) -> None:
         type(backbone.preset).from_dict({**backbone.preset.to_dict(), "widht": 3})
 
 
-@pytest.mark.parametrize("name", ANY_SIZE)
+@pytest.mark.parametrize("name", RESIZED)
 @torch.no_grad()
 def test_other_sizes(name: str) -> None:
-    backbone = make(name)
+    backbone, size = make(name), OF[name].other_size
     x, t, condition = inputs(backbone)
-    x = torch.randn(3, x.shape[1], 12, 8, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(*x.shape[: -len(size)], *size, generator=torch.Generator().manual_seed(2))
     y = backbone(x, t, condition)
-    assert y.shape == (3, channels(backbone), 12, 8)
-    turned = backbone(x.mT, t, condition)
-    assert not torch.allclose(turned.mT, y, atol=1e-3)  # rows and columns are not the same to it
+    assert y.shape == (3, channels(name), *x.shape[2:])
+    if OF[name].turns:
+        turned = backbone(x.mT, t, condition)
+        assert not torch.allclose(turned.mT, y, atol=1e-3)  # rows and columns are not the same to it
 
 
-@pytest.mark.parametrize("name", MODULATED)
+@pytest.mark.parametrize("name", TIMED)
 @torch.no_grad()
 def test_equal_times_per_token_are_one_time(name: str) -> None:
     backbone = make(name)
@@ -137,7 +141,7 @@ def test_equal_times_per_token_are_one_time(name: str) -> None:
     torch.testing.assert_close(y, backbone(x, t, condition), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODULATED)
+@pytest.mark.parametrize("name", TIMED)
 @torch.no_grad()
 def test_a_time_per_token_is_heard_where_it_is(name: str) -> None:
     backbone = make(name)
@@ -149,15 +153,23 @@ def test_a_time_per_token_is_heard_where_it_is(name: str) -> None:
     assert bool((patches.argmax(1) == 5).all())
 
 
-@pytest.mark.parametrize("name", MODULATED)
+@pytest.mark.parametrize("name", ZERO)
 @torch.no_grad()
-def test_starts_at_zero_with_identity_blocks(name: str) -> None:
+def test_starts_at_zero(name: str) -> None:
     backbone = TINY[name].build()
-    x, t, condition = inputs(backbone)
-    assert not backbone(x, t, condition).any()
-    streams, context = embedded(backbone, x, t, condition)
-    out = backbone.run(streams, context)
-    assert all(torch.equal(out[s], streams[s]) for s in streams.tokens)
+    assert not backbone(*inputs(backbone)).any()
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+@torch.no_grad()
+def test_starts_with_identity_blocks(name: str) -> None:
+    backbone = TINY[name].build()
+    streams, context = embedded(backbone, *inputs(backbone))
+    for block in backbone.blocks:
+        if not block.is_transition:
+            out, _ = block(streams, context)
+            assert all(torch.equal(out[s], streams[s]) for s in streams.tokens)
+        streams, _ = block(streams, context)
 
 
 @torch.no_grad()
@@ -165,8 +177,9 @@ def test_a_probe_of_the_modulated_input_is_what_the_block_reads(backbone: Backbo
     from ditloom.contracts.plan import BlockPlan
 
     streams, context = embedded(backbone, *inputs(backbone))
-    _, kept = backbone.blocks[0](streams, context, BlockPlan(keep=("modulated_in",)))
-    torch.testing.assert_close(backbone.blocks[0].modulated_in(streams, context), kept["modulated_in"])
+    first = backbone.blocks[of_kind(backbone)[0]]
+    _, kept = first(streams, context, BlockPlan(keep=("modulated_in",)))
+    torch.testing.assert_close(first.modulated_in(streams, context), kept["modulated_in"])
 
 
 def test_wrong_input_is_one_clear_sentence(backbone: Backbone) -> None:

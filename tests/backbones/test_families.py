@@ -18,7 +18,8 @@ from ditloom.contracts.condition import Condition
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Segment
 from ditloom.contracts.streams import Context, Streams
-from tests.backbones.tiny import LATENT, TEXT, TINY, embedded, inputs, make
+from tests.backbones.portrait import LATENT, TEXT
+from tests.backbones.tiny import TINY, embedded, inputs, make
 
 CLASSES = {**LATENT, "classes": 10}
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ditloom.contracts.backbone import Backbone
 from ditloom.contracts.plan import Action, BlockPlan, Edit
-from tests.backbones.tiny import TINY, embedded, inputs, make, planned
+from tests.backbones.tiny import TINY, embedded, inputs, make, of_kind, planned
 
 
 @pytest.fixture(params=list(TINY))
@@ -27,6 +27,14 @@ def both(backbone: Backbone, plans: Any) -> tuple[Tensor, dict[int, dict[str, An
 def names(backbone: Backbone, index: int) -> list[str]:
     block = backbone.blocks[index]
     return [*block.stages, *block.sites]
+
+
+def block_with(backbone: Backbone, site: str, *, rows: bool = False) -> int:
+    """The second block with a site (the only one, where there is one), or a skip."""
+    found = [i for i in of_kind(backbone, site) if not rows or site in backbone.blocks[i].row_sites]
+    if not found:
+        pytest.skip(f"{backbone.preset.family} has no site {site!r}{' with rows' if rows else ''}")
+    return found[min(1, len(found) - 1)]
 
 
 @torch.no_grad()
@@ -57,34 +65,39 @@ def _asked(backbone: Backbone, index: int, streams: tuple[str, ...]) -> tuple[st
 @torch.no_grad()
 def test_every_stage_is_heard(backbone: Backbone) -> None:
     """Adding noise at any one stage of the first block changes the output."""
-    plain, kept = both(backbone, {0: (BlockPlan(keep=_asked(backbone, 0, ("image",))), {})})
-    for key, value in kept[0].items():
+    first = of_kind(backbone)[0]
+    plain, kept = both(backbone, {first: (BlockPlan(keep=_asked(backbone, first, ("image",))), {})})
+    for key, value in kept[first].items():
         edit = Edit(key.removesuffix("@image"), "add", "noise")
         noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
-        out, _ = both(backbone, {0: (BlockPlan(edits=(edit,)), {"noise": noise})})
+        out, _ = both(backbone, {first: (BlockPlan(edits=(edit,)), {"noise": noise})})
         assert not torch.allclose(out, plain, atol=1e-4), key
 
 
 @torch.no_grad()
 def test_logits_are_those_of_the_attention(backbone: Backbone) -> None:
-    keep = ("logits", "v_proj@image", "attn_heads@image")
-    streams = embedded(backbone, *inputs(backbone))[0].layout.streams
-    if len(streams) > 1:
-        keep = ("logits", *(f"{k}@{s}" for k in ("v_proj", "attn_heads") for s in streams))
-    _, kept = planned(backbone, *inputs(backbone, masked=False), {0: (BlockPlan(keep=keep), {})})
-    v = torch.cat([kept[0][f"v_proj@{s}"] for s in streams], 1)
-    heads = torch.cat([kept[0][f"attn_heads@{s}"] for s in streams], 1)
-    again = torch.einsum("bhqk,bkhd->bqhd", kept[0]["logits"].softmax(-1), v).flatten(2)
+    found = [i for i in of_kind(backbone, "attn") if "logits" in backbone.blocks[i].stages]
+    if not found:
+        pytest.skip(f"{backbone.preset.family} has no softmax attention with logits")
+    at, streams = found[0], embedded(backbone, *inputs(backbone))[0].layout.streams
+    keep = ("logits", *(f"{k}@{s}" for k in ("v_proj", "attn_heads") for s in streams))
+    _, every = planned(backbone, *inputs(backbone, masked=False), {at: (BlockPlan(keep=keep), {})})
+    kept = every[at]
+    v = torch.cat([kept[f"v_proj@{s}"] for s in streams if f"v_proj@{s}" in kept], 1)
+    heads = torch.cat([kept[f"attn_heads@{s}"] for s in streams if f"attn_heads@{s}" in kept], 1)
+    again = torch.einsum("bhqk,bkhd->bqhd", kept["logits"].softmax(-1), v).flatten(2)
     torch.testing.assert_close(again, heads, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_reusing_what_was_kept_changes_nothing_and_saves_its_cost(backbone: Backbone) -> None:
     plain = backbone(*inputs(backbone))
-    layout = embedded(backbone, *inputs(backbone))[0].layout
-    full = macs_of(backbone, {})
-    for i in (0, len(backbone.blocks) - 1):
-        block = backbone.blocks[i]
+    layouts = [embedded(backbone, *inputs(backbone))[0].layout]
+    for block in backbone.blocks:
+        layouts.append(block.after(layouts[-1]))
+    full, blocks = macs_of(backbone, {}), of_kind(backbone)
+    for i in (blocks[0], blocks[-1]):
+        block, layout = backbone.blocks[i], layouts[i]
         for site in block.sites:
             _, kept = both(backbone, {i: (BlockPlan(keep=(site,)), {})})
             plan = {i: (BlockPlan(actions=((site, Action.REUSE),)), {site: kept[i][site]})}
@@ -102,37 +115,41 @@ def macs_of(backbone: Backbone, plans: Any) -> int:
 @torch.no_grad()
 def test_skipping_a_site_is_reusing_zero(backbone: Backbone) -> None:
     plain = backbone(*inputs(backbone))
-    for site in backbone.blocks[1].sites:
-        _, kept = both(backbone, {1: (BlockPlan(keep=(site,)), {})})
-        zero = torch.utils._pytree.tree_map(torch.zeros_like, kept[1][site])
-        skipped = both(backbone, {1: (BlockPlan(actions=((site, Action.SKIP),)), {})})[0]
-        assert torch.equal(both(backbone, {1: (BlockPlan(actions=((site, Action.REUSE),)), {site: zero})})[0], skipped)
+    at = of_kind(backbone)[1]
+    for site in backbone.blocks[at].sites:
+        _, kept = both(backbone, {at: (BlockPlan(keep=(site,)), {})})
+        zero = torch.utils._pytree.tree_map(torch.zeros_like, kept[at][site])
+        skipped = both(backbone, {at: (BlockPlan(actions=((site, Action.SKIP),)), {})})[0]
+        assert torch.equal(both(backbone, {at: (BlockPlan(actions=((site, Action.REUSE),)), {site: zero})})[0], skipped)
         assert not torch.equal(skipped, plain)
 
 
 @torch.no_grad()
 def test_rows_computed_afresh(backbone: Backbone) -> None:
     """All rows: the plain output. Some rows: those are fresh, the others as stored."""
-    plain, kept = both(backbone, {1: (BlockPlan(keep=("mlp",)), {})})
-    fresh = kept[1]["mlp"]
+    at = block_with(backbone, "mlp", rows=True)
+    plain, kept = both(backbone, {at: (BlockPlan(keep=("mlp",)), {})})
+    fresh = kept[at]["mlp"]
     every = torch.stack([torch.randperm(fresh.shape[1], generator=torch.Generator().manual_seed(i)) for i in range(3)])
     rows = BlockPlan(actions=(("mlp", Action.ROWS),), keep=("mlp",))
-    out, _ = both(backbone, {1: (rows, {"mlp": torch.zeros_like(fresh), "mlp.rows": every})})
+    out, _ = both(backbone, {at: (rows, {"mlp": torch.zeros_like(fresh), "mlp.rows": every})})
     torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
-    _, some = both(backbone, {1: (rows, {"mlp": torch.zeros_like(fresh), "mlp.rows": every[:, :5]})})
+    _, some = both(backbone, {at: (rows, {"mlp": torch.zeros_like(fresh), "mlp.rows": every[:, :5]})})
     chosen = torch.zeros(fresh.shape[:2], dtype=torch.bool).scatter(1, every[:, :5], True)
-    torch.testing.assert_close(some[1]["mlp"][chosen], fresh[chosen], rtol=1e-5, atol=1e-5)
-    assert not some[1]["mlp"][~chosen].any()
+    torch.testing.assert_close(some[at]["mlp"][chosen], fresh[chosen], rtol=1e-5, atol=1e-5)
+    assert not some[at]["mlp"][~chosen].any()
 
 
 @torch.no_grad()
 def test_a_mix_is_between_computed_and_stored(backbone: Backbone) -> None:
-    plain, kept = both(backbone, {1: (BlockPlan(keep=("attn",)), {})})
-    stored = torch.utils._pytree.tree_map(lambda v: 2 * v, kept[1]["attn"])
-    for weight, expected in ((1.0, kept[1]["attn"]), (0.0, stored)):
-        given = {"attn": stored, "attn.mix": torch.tensor(weight)}
-        mix = both(backbone, {1: (BlockPlan(actions=(("attn", Action.MIX),)), given)})[0]
-        reuse = {1: (BlockPlan(actions=(("attn", Action.REUSE),)), {"attn": expected})}
+    at = of_kind(backbone)[1]
+    site = backbone.blocks[at].sites[0]
+    plain, kept = both(backbone, {at: (BlockPlan(keep=(site,)), {})})
+    stored = torch.utils._pytree.tree_map(lambda v: 2 * v, kept[at][site])
+    for weight, expected in ((1.0, kept[at][site]), (0.0, stored)):
+        given = {site: stored, f"{site}.mix": torch.tensor(weight)}
+        mix = both(backbone, {at: (BlockPlan(actions=((site, Action.MIX),)), given)})[0]
+        reuse = {at: (BlockPlan(actions=((site, Action.REUSE),)), {site: expected})}
         torch.testing.assert_close(mix, both(backbone, reuse)[0])
     assert torch.isfinite(plain).all()
 

@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ditloom.backbones.dit import DiTConfig
-from ditloom.backbones.lightning_dit import LightningDiTConfig
-from ditloom.backbones.mmdit import MMDiTConfig
-from ditloom.backbones.sit import SiTConfig
-from ditloom.backbones.u_vit import UViTConfig
 from ditloom.contracts.backbone import NOTHING, Backbone
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.plan import BlockPlan
 from ditloom.contracts.streams import Context, Streams
+from tests.backbones.portrait import PORTRAITS, Portrait
 
-LATENT = {"depth": 3, "width": 64, "heads": 4, "patch": 2, "image_size": 8, "channels": 4}
-ODD_HEAD = {**LATENT, "width": 96}  # heads of 24 features: an uneven split between two rotary axes shows
-TEXT = {"text_width": 32, "text_tokens": 6}
-MMDIT = {**ODD_HEAD, **TEXT, "pooled_width": 20, "table": 12, "table_span": 4}
-
-TINY: dict[str, Any] = {
-    "dit": DiTConfig(**LATENT, classes=10),
-    "dit-unconditional": DiTConfig(**LATENT, classes=0, learn_sigma=False),
-    "sit": SiTConfig(**LATENT, classes=10),
-    "lightning-dit": LightningDiTConfig(**ODD_HEAD, classes=10),
-    "lightning-dit-all": LightningDiTConfig(**ODD_HEAD, classes=10, qk_norm=True, shift=False, learn_sigma=True),
-    "u-vit": UViTConfig(**{**LATENT, "depth": 4}, classes=10),
-    "u-vit-text": UViTConfig(**{**LATENT, "depth": 2}, **TEXT, time_mlp=True, convolution=False),
-    "mmdit": MMDiTConfig(**MMDIT, qk_norm="rms"),
-    "mmdit-dual": MMDiTConfig(**{**MMDIT, "depth": 4, "pooled_width": 0}, dual=(0, 1)),
-}
+TINY: dict[str, Any] = {name: config for p in PORTRAITS.values() for name, config in p.tiny.items()}
+OF: dict[str, Portrait] = {name: p for p in PORTRAITS.values() for name in p.tiny}
 
 Plans = Mapping[int, tuple[BlockPlan, Mapping[str, Any]]]
 
@@ -62,12 +45,18 @@ def inputs(backbone: Backbone, batch: int = 3, masked: bool = True) -> tuple[Ten
         return x, t, condition
     tokens = condition.text.shape[1]
     mask = torch.arange(tokens)[None] < torch.tensor([tokens - i % tokens for i in range(batch)])[:, None]
-    return x, t, Condition(text=condition.text, text_mask=mask, pooled=condition.pooled)
+    return x, t, replace(condition, text_mask=mask)
 
 
 def embedded(backbone: Backbone, x: Tensor, t: Tensor, condition: Condition) -> tuple[Streams, Context]:
     """What enters the first block."""
     return backbone.embed(x, backbone.preset.time.native(t), backbone.prepare(condition))
+
+
+def of_kind(backbone: Backbone, *sites: str) -> list[int]:
+    """Flat positions of the blocks (no transitions) that have all these sites."""
+    blocks = enumerate(backbone.blocks)
+    return [i for i, block in blocks if not block.is_transition and all(site in block.sites for site in sites)]
 
 
 def planned(

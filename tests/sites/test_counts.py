@@ -187,9 +187,8 @@ def test_further_evaluations_and_other_purposes(evaluation: int, purpose: Any) -
     assert run.report.count("attn", REUSE) == 0
     once = start(MODELS["mmdit"])
     once.predict(toys.latent(), once.schedule.clock(0))
-    both = start(MODELS["mmdit"])
-    for s in range(3):
-        both.predict(toys.latent(), both.schedule.clock(s))
+    both = start(MODELS["mmdit"], steps=3)
+    follow(both)
     assert run.report.full_macs == (both if evaluation else once).report.macs
 
 
@@ -257,6 +256,7 @@ def test_rules(name: str) -> None:
     pairs = {"dense": 0, "nothing": 0, "split": -6 * 16, "two terms": 22 * 22 - 6 * 16}[name]
     assert more == 6 * 4 * 4 * pairs * 2 * 64, "steps, rows, blocks, pairs, products of the width"
     check(MODELS["mmdit"], [Ruled(RULES[name]), Broadcast(2), Added(IMAGE)])
+    check(MODELS["mmdit-dual"], [Ruled(RULES[name]), Planned({"attn2(0)": [COMPUTE, REUSE] * 3})])
 
 
 def test_an_isolated_segment_costs_less_than_one_that_sees_all() -> None:

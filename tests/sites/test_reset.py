@@ -231,6 +231,26 @@ def test_a_second_evaluation_computes(name: str) -> None:
     assert reused(run) == 0 and run.store.bytes == before
 
 
+@pytest.mark.parametrize("handlers", [(), (Broadcast(1),)], ids=["bare", "attached"])
+@pytest.mark.parametrize("name", ["mmdit", "u-vit-text", "dit"])
+def test_gradients_reach_every_parameter_on_every_prediction(name: str, handlers: tuple[Handler, ...]) -> None:
+    """Those of the condition's embedding, too, which a run otherwise prepares once; also after a look without."""
+    model = toys.make(name)
+    run = start(model, handlers, branches=("cond",))
+    predict(run, 0)
+    for step in (1, 2):
+        model.zero_grad()
+        run.predict(toys.latent(), run.schedule.clock(step))["cond"].square().mean().backward()
+        got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        t = torch.full((2,), run.schedule.times[step], dtype=torch.float64)
+        model(toys.latent(), t, run.conditions["cond"]).square().mean().backward()
+        assert got.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
+        for n, p in model.named_parameters():
+            if p.grad is not None:
+                torch.testing.assert_close(got[n], p.grad, atol=1e-6, rtol=1e-4)
+
+
 class Watching(Handler):
     """Notes what it observes."""
 

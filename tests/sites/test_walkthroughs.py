@@ -33,7 +33,7 @@ from tests.sites.walkthroughs import (
     SomeRows,
 )
 
-TRACED = ("dit", "mmdit")
+TRACED = ("dit", "u-toy")
 
 
 def modes(*names: str, traced: tuple[str, ...] = TRACED) -> Any:
@@ -61,7 +61,7 @@ def subtract(a: Streams, b: Streams) -> dict[str, Tensor]:
     return {k: a.tokens[k] - b.tokens[k] for k in a.tokens}
 
 
-@modes("mmdit", "u-toy", "dit")
+@modes("mmdit", "u-toy", "dit", traced=("mmdit", "u-toy"))
 def test_first_block_cache(name: str, mode: str) -> None:
     """1: a change over a range, reused while the first block's change stays alike."""
     threshold = 0.35
@@ -100,7 +100,7 @@ def continued(model: Backbone, before: Streams, context: Context, after: Streams
     return streams
 
 
-@modes(*toys.NAMES)
+@modes(*toys.NAMES, traced=("mmdit", "u-vit"))
 def test_attention_broadcast(name: str, mode: str) -> None:
     """2: attention outputs before the gate, reused inside a window, whatever the block's kind."""
     model = prepared(name, mode)

@@ -114,8 +114,9 @@ class BlockCall:
         """MACs per batch row of this call; the report's map learns which share was not executed."""
         forward, surface = self.forward, self.forward.surface
         costs, extra = dict(surface.costs[self.position]), self.given.get("extra_keys")
+        for name, more in forward.rule_macs(self.position, extra[0].shape[1] if extra else 0).items():
+            costs[name] += more
         full = sum(costs.values())
-        costs["attn"] = costs.get("attn", 0) + forward.attention_macs(self.position, extra[0].shape[1] if extra else 0)
         for planned, action in self.actions:
             name = planned.site.inner
             costs[name] = self._executed(name, action, costs.get(name, 0))
@@ -137,7 +138,7 @@ class BlockCall:
         if not any(c.tap.stage == "logits" for c in self.captures):
             return 0
         surface = self.forward.surface
-        return surface.per_pair[self.position] // 2 * surface.layouts[self.position].length() ** 2
+        return surface.per_pair[self.position]["attn"] // 2 * surface.layouts[self.position].length() ** 2
 
 
 def _name(placed: Placed) -> str:

@@ -19,7 +19,7 @@ from ditloom.sites.codecs import zip_map
 from ditloom.sites.edits import edited, edited_at
 from ditloom.sites.fingerprint import MadeOf, of_tokens
 from ditloom.sites.program import Placed, Planned, StepProgram
-from ditloom.sites.rules import Settled, pairs
+from ditloom.sites.rules import Settled, is_costly, pairs
 from ditloom.sites.surface import Surface
 
 if TYPE_CHECKING:
@@ -60,11 +60,11 @@ class Forward:
         backbone, added = self.run.backbone, self.run.added(self.clock, self.rows)
         streams, context = backbone.embed(x, time, memory, added.segments)
         context = added.ruled(streams.layout, context)
-        self.added, self.rule = added, context.rule
+        self.added, self.rule, self.costly = added, context.rule, is_costly(context.rule)
         self.surface = self.run.surface_of(streams.layout)
         if until is None and self.program.idle and not added.acts:
             streams = backbone.run(streams, context)
-            self.macs = sum(self.surface.block_totals) + self._rule_macs()
+            self.macs = sum(map(self._block_macs, range(len(self.surface.costs))))
         else:
             self._prepare(streams, context)
             streams = self._blocks(streams, context, until)
@@ -140,7 +140,7 @@ class Forward:
             given = {"skip": self._skip(backbone.skips[position])}
         if index is None or not (index in program.inner or index in program.taps or self.added.acts):
             streams, _ = backbone.call(block, streams, context, None, given)
-            self.macs += self.surface.block_totals[position] + self._rule_macs(position)
+            self.macs += self._block_macs(position)
         else:
             streams = self._acting(position, index, streams, context, given)
         if position in self.run.skip_sources:
@@ -241,19 +241,26 @@ class Forward:
         depth = planned.control.predictor.depth
         self.run.store.push(planned.place, self.rows, self.clock.step, value, depth, self.made_of)
 
-    def _rule_macs(self, position: int | None = None, extra: int = 0) -> int:
-        """What an attention rule and `extra` appended keys add to a block's MACs (of all blocks, without position)."""
-        if not extra and not isinstance(self.rule, Settled):
-            return 0
-        if position is None:
-            return sum(self._rule_macs(p, extra) for p in range(len(self.surface.per_pair)))
-        tokens = self.surface.layouts[position].length()
-        evaluated = pairs(self.rule, extra) if isinstance(self.rule, Settled) else tokens * (tokens + extra)
-        return self.surface.per_pair[position] * (evaluated - tokens * tokens)
+    def _block_macs(self, position: int) -> int:
+        """MACs per batch row of a block of which nothing is asked."""
+        plain = self.surface.block_totals[position]
+        return plain + sum(self.rule_macs(position).values()) if self.costly else plain
 
-    def attention_macs(self, position: int, extra: int) -> int:
-        """MACs of the site "attn" of a block as it is called, beyond what the surface says."""
-        return self._rule_macs(position, extra)
+    def rule_macs(self, position: int, extra: int = 0) -> dict[str, int]:
+        """What an attention rule and `extra` appended keys add to a block's MACs, by site.
+
+        Appended keys are the joint attention's; a further one (attn2) evaluates every term among its own tokens.
+        """
+        rule, layout = self.rule, self.surface.layouts[position]
+        if not (extra or self.costly):
+            return {}
+        tokens, own = layout.length(), layout.length(layout.spans[0].stream)
+        terms, evaluated = 1, tokens * (tokens + extra)
+        if isinstance(rule, Settled):
+            terms, evaluated = len(rule.plans), pairs(rule, extra)
+        more = {"attn": evaluated - tokens * tokens}
+        coefficients = self.surface.per_pair[position].items()
+        return {site: per_pair * more.get(site, (terms - 1) * own * own) for site, per_pair in coefficients}
 
     def _account(self, until: int | None) -> None:
         report, surface = self.run.report, self.surface

@@ -265,6 +265,11 @@ def pairs(settled: Settled, extra: int = 0) -> int:
     return total
 
 
+def is_costly(rule: Rule | Settled | None) -> bool:
+    """Whether attention under a rule evaluates other pairs than without one: not so for a single mask."""
+    return isinstance(rule, Settled) and (len(rule.plans) > 1 or any(plan.kind == "split" for plan in rule.plans))
+
+
 def is_open(rule: Rule | None, segment: str, layout: Layout) -> bool:
     """Whether every other segment may attend to all of `segment` in every term."""
     if rule is None:

@@ -84,8 +84,8 @@ class Run:
         self._settled: dict[tuple[str, str], Action] = {}
         self._dropped = -1
         self._needed = 0
-        self._prepared_rows = 0
-        self._prepared: set[str] = set()
+        self._prepared_rows = self._plain_rows = 0
+        self._seen: set[str] = set()
         self.plain_macs = 0
 
     def predict(self, x: Tensor, clock: Clock, branches: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -183,16 +183,18 @@ class Run:
         return AddedSegments(self, program.segmenters, program.rulers, clock, rows)
 
     def _memory(self, rows: Rows, clock: Clock) -> Memory:
-        """What is prepared for some branches: for each once, and again when its condition or the weights change."""
+        """What is prepared for some branches: for each once, and again when its condition or the weights change.
+
+        What gradients flow through is prepared for every prediction, as each has a graph of its own.
+        """
+        if torch.is_grad_enabled() and self._learns(rows):
+            return self._prepare(rows)
         weights = self._weights.version(clock.step)
         made_of: dict[str, Hashable] = {b: (weights, of_condition(self.conditions[b])) for b in rows.branches}
         held = [h for h in self._memories if all(made_of.get(b, mark) == mark for b, mark in h.made_of.items())]
         missing = Rows(tuple(b for b in rows.branches if not any(b in h.made_of for h in held)), rows.samples)
         if missing.branches:
-            parts = [self.conditions[b] for b in missing.branches]
-            memory = self.backbone.prepare(Condition.cat(parts) if len(parts) > 1 else parts[0])
-            held.append(Prepared({b: made_of[b] for b in missing.branches}, missing, memory))
-            self._prepared_rows += missing.total
+            held.append(Prepared({b: made_of[b] for b in missing.branches}, missing, self._prepare(missing)))
         if not any(h.rows == rows for h in held):
             found = [next(h.part(b) for h in held if b in h.made_of) for b in rows.branches]
             memory = found[0] if len(found) == 1 else tree_map(lambda *t: torch.cat(t), *found)
@@ -200,13 +202,23 @@ class Run:
         self._memories = held
         return next(h.memory for h in held if h.rows == rows)
 
+    def _prepare(self, rows: Rows) -> Memory:
+        parts = [self.conditions[b] for b in rows.branches]
+        self._prepared_rows += rows.total
+        self._plain_rows += rows.samples * len({*rows.branches} - self._seen)
+        self._seen |= {*rows.branches}
+        return self.backbone.prepare(Condition.cat(parts) if len(parts) > 1 else parts[0])
+
+    def _learns(self, rows: Rows) -> bool:
+        """Whether gradients flow through what is prepared."""
+        given = (t for b in rows.branches for t in self.conditions[b].tensors().values())
+        return any(t.requires_grad for t in (*given, *self.backbone.parameters()))
+
     def prepared(self, surface: Surface) -> int:
         """MACs of what was prepared since last asked; a plain run prepares every branch once."""
-        rows, self._prepared_rows = self._prepared_rows, 0
-        new = {b for held in self._memories for b in held.made_of} - self._prepared
-        self._prepared |= new
-        samples = max((c.batch or 1 for c in self.conditions.values()), default=1)
-        self.report.full_macs += len(new) * samples * surface.ends["prepare"]
+        rows, plain = self._prepared_rows, self._plain_rows
+        self._prepared_rows = self._plain_rows = 0
+        self.report.full_macs += plain * surface.ends["prepare"]
         return rows * surface.ends["prepare"]
 
     def _programmed(self, x: Tensor, clock: Clock, names: tuple[str, ...]) -> Program:
@@ -215,7 +227,8 @@ class Run:
             group = names if self.batched else names[:1]
             batch, time = _rows_of(x, clock, group)
             with torch.no_grad():
-                streams, _ = self.backbone.embed(batch, time, self._memory(Rows(group, len(x)), clock))
+                memory = self._memory(Rows(group, len(x)), clock)
+                streams, _ = self.backbone.embed(batch, time, memory)
             surface = self.surface_of(streams.layout)
             self.report.macs += surface.entry * len(batch)
             self.plain_macs = surface.total

@@ -51,7 +51,7 @@ class AddedSegments:
         """The context with the handlers' rules, and static segments isolated from everything else."""
         own = context.rule.rule if isinstance(context.rule, Settled) else context.rule
         combined, gates = self._rules(layout, own, dict(context.gates))
-        self.fresh = [s for s in self.fresh if is_open(combined, s.name, layout)]
+        self.fresh = [s for s in self.fresh if is_open(combined, s.name, layout) and self._is_complete(s, layout)]
         static = [s for s in self.segments if s.static]
         if static:
             self._check_times(static, context)
@@ -76,6 +76,11 @@ class AddedSegments:
             return held
         combined, _ = self._rules(layout, None, {})
         return [s for s in held if is_open(combined, s.name, layout)]
+
+    def _is_complete(self, segment: Segment, layout: Layout) -> bool:
+        """Whether the joint attention is all that reads its keys: a second one among its stream has keys of its own."""
+        others = {site for per_pair in self.run.surface_of(layout).per_pair for site in per_pair} - {"attn"}
+        return not others or segment.weights != layout.streams[0]
 
     def keep(self, block: int, given: dict[str, Any]) -> list[str]:
         """Names a block must keep for fresh static segments; stored keys of held ones go into `given`."""
@@ -171,17 +176,22 @@ def joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _spread(segment: Segment, rows: Rows) -> Segment:
-    """The segment for every row: its tokens may be given once, per sample, or per row."""
-    given = len(segment.tokens)
-    if given == rows.total:
-        return segment
+    """The segment for every row: its tokens (and its time) may be given once, per sample, or per row."""
+    spread: dict[str, Any] = {
+        name: _for_every_row(tensor, segment.name, rows)
+        for name, tensor in (("tokens", segment.tokens), ("time", segment.time))
+        if tensor is not None and len(tensor) != rows.total
+    }
+    return replace(segment, **spread) if spread else segment
+
+
+def _for_every_row(tensor: Tensor, name: str, rows: Rows) -> Tensor:
+    given = len(tensor)
     if given not in (1, rows.samples):
         raise UserError(
-            f"segment {segment.name!r} has {given} rows; give 1, one per sample ({rows.samples}), "
-            f"or one per row ({rows.total})"
+            f"segment {name!r} has {given} rows; give 1, one per sample ({rows.samples}), or one per row ({rows.total})"
         )
-    repeats = rows.total if given == 1 else len(rows.branches)
-    return replace(segment, tokens=torch.cat([segment.tokens] * repeats))
+    return torch.cat([tensor] * (rows.total if given == 1 else len(rows.branches)))
 
 
 def _with_one_more(layout: Layout) -> Layout:

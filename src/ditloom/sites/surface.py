@@ -59,8 +59,8 @@ class Surface:
         return [sum(costs.values()) for costs in self.costs]
 
     @cached_property
-    def per_pair(self) -> list[int]:
-        """MACs of the site "attn" per pair of query and key, at every flat position."""
+    def per_pair(self) -> list[dict[str, int]]:
+        """MACs per pair of query and key of every attention among tokens, by site, at every flat position."""
         return [_quadratic(b, layout) for b, layout in zip(self.flat_blocks, self.layouts, strict=False)]
 
     def block(self, index: int) -> Block:
@@ -165,11 +165,11 @@ class Surface:
         return sum(position <= flat for position in self.flat) - 1
 
 
-def _quadratic(block: Block, layout: Layout) -> int:
-    """The quadratic coefficient of what "attn" costs in the number of tokens, by its second difference."""
+def _quadratic(block: Block, layout: Layout) -> dict[str, int]:
+    """The quadratic coefficients of what sites cost in the number of tokens, by second differences."""
     first, *others = layout.spans
-
-    def cost(more: int) -> int:
-        return block.macs(replace(layout, spans=(replace(first, length=first.length + more), *others))).get("attn", 0)
-
-    return (cost(2) - 2 * cost(1) + cost(0)) // 2
+    costs = [
+        block.macs(replace(layout, spans=(replace(first, length=first.length + more), *others))) for more in range(3)
+    ]
+    found = {site: (costs[2][site] - 2 * costs[1][site] + costs[0][site]) // 2 for site in block.sites}
+    return {site: coefficient for site, coefficient in found.items() if coefficient}

@@ -1,0 +1,1 @@
+"""What the shared tests must know of each family: one file per family, found by its name."""
