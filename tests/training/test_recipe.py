@@ -75,6 +75,21 @@ def test_the_model_is_filled_in_from_data_latents_and_process():
     assert Recipe.from_dict(learned).build_model(Squares()).backbone.preset.learn_sigma
 
 
+def test_a_run_may_start_from_the_weights_of_a_model(tmp_path):
+    first = Recipe.from_dict(values(train__seed=7)).build_model(Squares())
+    first.save(tmp_path / "first")
+    second = Recipe.from_dict({**values(), "start": str(tmp_path / "first")})
+    begun = second.build_model(Squares()).backbone
+    assert all(torch.equal(a, b) for a, b in zip(begun.parameters(), first.backbone.parameters(), strict=True))
+    assert all(p.requires_grad for p in begun.parameters())
+    assert Recipe.from_dict(second.to_dict()) == second
+    wider = {**values(model__backbone={"family": "dit", "depth": 1, "width": 64, "heads": 2, "patch": 4})}
+    with pytest.raises(UserError, match=r"starting from .*first: .*wrong shape: blocks\.0"):
+        Recipe.from_dict({**wider, "start": str(tmp_path / "first")}).build_model(Squares())
+    with pytest.raises(UserError, match="did you mean|unknown model"):
+        Recipe.from_dict({**values(), "start": "fashon"}).build_model(Squares())
+
+
 def test_weights_follow_from_the_seed_and_leave_the_global_generator_alone():
     torch.manual_seed(3)
     a = Recipe.from_dict(values()).build_model(Squares()).backbone.t_embedder.mlp[0].weight

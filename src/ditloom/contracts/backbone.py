@@ -176,6 +176,13 @@ class Backbone(nn.Module):
             layout = block.after(layout)
         return total
 
+    def grown_from(self, other: Backbone) -> Mapping[str, Tensor]:
+        """The weights this network begins with when training starts from another: the other's own.
+
+        A family that grows out of another one adds what it has besides.
+        """
+        return other.state_dict()
+
     def learned_parameters(self) -> int:
         """Number of trainable values (frozen position tables are buffers and not counted)."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)

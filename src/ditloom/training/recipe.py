@@ -111,13 +111,15 @@ class SampleConfig:
 class Recipe:
     """model: "backbone", "process", "latents", "conditioner" and optionally "sampling" and "info", as in a model's
     config.json; a backbone may also be a published name, or a mapping with "preset" and changes. What the data and the
-    latent space decide (channels, size, classes) may be left out.
+    latent space decide (channels, size, classes) may be left out. start: a model (bundled name, folder or hub id) whose
+    weights the network begins with, instead of fresh ones.
     """
 
     model: Mapping[str, Any]
     data: DataConfig
     train: TrainConfig = field(default_factory=TrainConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
+    start: str | None = None
 
     @classmethod
     def from_dict(cls, values: Any) -> Recipe:
@@ -154,11 +156,14 @@ class Recipe:
         return registered(DATA, self.data.source)
 
     def build_model(self, source: DataSource) -> models.Model:
-        """The model with fresh weights, which follow from the seed."""
+        """The model with fresh weights, which follow from the seed, or with those it starts from."""
         config = resolved(self.model, source, self.data.size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(self.train.seed, "init"))
-            return models.assemble(config)
+            model = models.assemble(config)
+        if self.start is not None:
+            begin_from(model.backbone, models.load(self.start).backbone, self.start)
+        return model
 
     def trainer(
         self,
@@ -192,6 +197,13 @@ class Recipe:
         settings = {k: getattr(self.samples, k) for k in ("steps", "guidance", "sampler", "seed")}
         inputs = list(self.samples.inputs) or default_inputs(source, told, self.samples.count)
         return SampleGrid(model, inputs, settings, self.samples.columns)
+
+
+def begin_from(network: Backbone, other: Backbone, name: str) -> None:
+    """Give a network the weights of another; what does not fit is named."""
+    state = network.grown_from(other)
+    models.check_state(network.state_dict(), state, f"starting from {name}: the backbone")
+    network.load_state_dict(dict(state), strict=True)
 
 
 def default_inputs(source: DataSource, told: str | None, count: int) -> list[Any]:
