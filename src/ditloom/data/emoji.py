@@ -16,6 +16,7 @@ from ditloom.data.listing import Row, rows_of
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "data" / "emoji64.zip"
 SPLITS = ("train", "held-out", "all")
+ASKED = ("{article} {caption}", "{caption} emoji", "a picture of {article} {caption}")
 
 
 @register("emoji")
@@ -62,13 +63,15 @@ class Emoji:
         return Example(to_array(picture), self._group[row.group or ""], self._caption(row), row.group, row.file)
 
     def texts(self, index: int) -> tuple[str, ...]:
-        """All wordings for one picture: its caption, then the caption with each of its tags."""
+        """All wordings for one picture: its caption, ways in which people ask for it, then the caption with each tag."""
         row = self.rows[index]
         caption = self._caption(row)
-        return (caption, *(f"{caption}, {tag}" for tag in row.tags if tag not in caption))
+        article = "an" if caption[:1].lower() in "aeiou" else "a"
+        asked = tuple(form.format(caption=caption, article=article) for form in ASKED)
+        return (caption, *asked, *(f"{caption}, {tag}" for tag in row.tags if tag not in caption))
 
     def fingerprint(self) -> str:
-        settings = (self.split, self.size, self.styles, self.template)
+        settings = (self.split, self.size, self.styles, self.template, ASKED)
         return hashlib.blake2b(f"{self.files.fingerprint()} {settings}".encode(), digest_size=16).hexdigest()
 
     def _caption(self, row: Row) -> str:
