@@ -63,7 +63,7 @@ class Emoji:
         return Example(to_array(picture), self._group[row.group or ""], self._caption(row), row.group, row.file)
 
     def texts(self, index: int) -> tuple[str, ...]:
-        """All wordings for one picture: its caption, ways in which people ask for it, then the caption with each tag."""
+        """All wordings for one picture: its caption, ways in which people ask for it, then it with each tag."""
         row = self.rows[index]
         caption = self._caption(row)
         article = "an" if caption[:1].lower() in "aeiou" else "a"
