@@ -8,7 +8,17 @@ import torch
 
 from ditloom.contracts.errors import UserError
 from ditloom.parts.embedders import sinusoid
-from ditloom.parts.positions import axial_axes, grid_positions, rotary, rotary_grid, rotate, sincos_at, sincos_grid
+from ditloom.parts.positions import (
+    axial_axes,
+    check_axes,
+    grid_positions,
+    rotary,
+    rotary_grid,
+    rotate,
+    sincos_at,
+    sincos_grid,
+    with_axes,
+)
 from ditloom.parts.tables import CroppedTable, interpolated
 
 CPU = torch.device("cpu")
@@ -64,7 +74,7 @@ def test_rotation_is_a_complex_product() -> None:
     )
     expected = torch.view_as_real(turned).flatten(-2)
     torch.testing.assert_close(rotate(x, rotary(places, (8, 8))), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(rotary_grid(2, 3, (8, 8), 10000.0, CPU), rotary(places, (8, 8)))
+    torch.testing.assert_close(rotary_grid(2, 3, axes=(8, 8), theta=10000.0, device=CPU), rotary(places, (8, 8)))
 
 
 def test_heads_that_do_not_split_are_refused() -> None:
@@ -108,3 +118,22 @@ def test_time_sinusoid_is_that_of_diffusers() -> None:
     for shift in (0, 1):
         theirs = embeddings.get_timestep_embedding(t, 32, flip_sin_to_cos=True, downscale_freq_shift=shift)
         torch.testing.assert_close(sinusoid(t, 32, shift=shift), theirs)
+
+
+def test_grids_of_any_number_of_axes() -> None:
+    places = grid_positions(2, 3, 4)
+    assert places.shape == (24, 3)
+    assert places[17].tolist() == [1, 1, 1]
+    assert torch.equal(with_axes(grid_positions(3, 4), 3), grid_positions(1, 3, 4))
+    expected = rotary(grid_positions(1, 3, 4), (4, 8, 6), 100.0)
+    table = rotary_grid(3, 4, axes=(4, 8, 6), theta=100.0, device=CPU)
+    assert all(torch.equal(a, b) for a, b in zip(table, expected, strict=True))
+    with pytest.raises(UserError, match="2 position axes"):
+        with_axes(places, 2)
+
+
+@pytest.mark.parametrize("axes", [(4, 8, 10), (3, 9, 12), (24, 2)])
+def test_axes_that_do_not_fit_a_head(axes: tuple[int, ...]) -> None:
+    check_axes((4, 8, 12), 24)
+    with pytest.raises(UserError, match="24"):
+        check_axes(axes, 24)

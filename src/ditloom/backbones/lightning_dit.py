@@ -87,7 +87,7 @@ class LightningDiT(DiT):
     }
     preset: LightningDiTConfig
 
-    def make_block(self) -> DiTBlock:
+    def make_block(self, layer: int) -> DiTBlock:
         c = self.preset
         hidden = int(c.width * c.mlp_ratio)
         return DiTBlock(
@@ -109,7 +109,7 @@ class LightningDiT(DiT):
             return None
         axes = axial_axes(c.width // c.heads)
         if len(joined.layout.spans) == 1:
-            return rotary_grid(*joined.layout.grid, axes, c.theta, device)
+            return rotary_grid(*joined.layout.grid, axes=axes, theta=c.theta, device=device)
         cos, sin = rotary(joined.positions, axes, c.theta)
         return cos.to(device), sin.to(device)
 

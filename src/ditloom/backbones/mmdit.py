@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ditloom.contracts.backbone import NOTHING, Backbone, BackboneConfig, Block, check_size
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.errors import UserError
-from ditloom.contracts.layout import Layout, Segment, Span
+from ditloom.contracts.layout import Layout, Segment
 from ditloom.contracts.plan import BlockPlan
 from ditloom.contracts.registry import register
 from ditloom.contracts.streams import Context, Memory, Streams
@@ -30,7 +30,7 @@ from ditloom.parts.joint import joint_attention, joint_macs, within
 from ditloom.parts.modulation import AdaLN
 from ditloom.parts.norms import LayerNorm, modulate
 from ditloom.parts.patches import PatchEmbed, normal_linears_, unpatchify, xavier_linears_, xavier_patches_, zero_
-from ditloom.parts.segments import check_streams, join, main_modulation, modulation, span_of
+from ditloom.parts.segments import check_streams, join, main_modulation, modulation, text_stream
 from ditloom.parts.tables import CroppedTable
 from ditloom.sites.rules import with_padding
 from ditloom.sites.visit import BareVisit, Visit, take_rows, visit
@@ -274,7 +274,7 @@ class MMDiT(Backbone):
         check_rows(x, memory.vector, "pooled vector")
         check_streams(segments, ("image", "text"), "MMDiT")
         joined = join(x.to(self.dtype), self.x_embedder, segments, absolute=self.pos_embed)
-        text, spans = _text_stream(memory, segments, self.dtype)
+        text, spans = text_stream(memory, segments, self.dtype)
         layout = joined.layout.with_spans(*spans)
         emb = self.t_embedder(time)
         embed_time = lambda t: self.t_embedder(self.preset.time.native(t))  # noqa: E731
@@ -304,20 +304,6 @@ class MMDiT(Backbone):
         if self.pooled_embedder is not None:
             embed += cost.linears(self.pooled_embedder, 1)
         return {"embed": embed, "head": self.final_layer.macs(image)}
-
-
-def _text_stream(memory: Memory, segments: Sequence[Segment], dtype: torch.dtype) -> tuple[Tensor, list[Span]]:
-    """The text tokens with the segments added to them, and the spans of both."""
-    assert memory.text is not None
-    tokens, spans = [memory.text], [Span("text", memory.text.shape[1], "text")]
-    for segment in (s for s in segments if s.weights == "text"):
-        if segment.tokens.ndim != 3:
-            raise UserError(
-                f"the text stream takes embedded tokens [batch, n, width]; segment {segment.name!r} has none"
-            )
-        tokens.append(segment.tokens.to(dtype))
-        spans.append(span_of(segment, segment.tokens.shape[1]))
-    return (tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)), spans
 
 
 def _sd3(depth: int, **more: Any) -> MMDiTConfig:

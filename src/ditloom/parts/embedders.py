@@ -22,15 +22,20 @@ def sinusoid(time: Tensor, width: int = 256, max_period: float = 10000.0, shift:
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoid of the native time, then a two-layer SiLU MLP: [...] -> [..., D]. The sinusoid is in float32."""
+    """Sinusoid of `factor` times the native time, then a two-layer SiLU MLP: [...] -> [..., D].
 
-    def __init__(self, width: int, frequencies: int = 256, max_period: float = 10000.0, shift: int = 0):
+    The sinusoid is in float32.
+    """
+
+    def __init__(
+        self, width: int, frequencies: int = 256, max_period: float = 10000.0, shift: int = 0, factor: float = 1.0
+    ):
         super().__init__()
-        self.frequencies, self.max_period, self.shift = frequencies, max_period, shift
+        self.frequencies, self.max_period, self.shift, self.factor = frequencies, max_period, shift, factor
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, time: Tensor) -> Tensor:
-        wave = sinusoid(time, self.frequencies, self.max_period, self.shift)
+        wave = sinusoid(time * self.factor, self.frequencies, self.max_period, self.shift)
         return self.mlp(wave.to(next(self.mlp.parameters()).dtype))
 
 

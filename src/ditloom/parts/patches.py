@@ -39,6 +39,14 @@ def unpatchify(tokens: Tensor, patch: int, grid: tuple[int, ...]) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, grid[0] * patch, grid[1] * patch)
 
 
+def unpack(tokens: Tensor, patch: int, grid: tuple[int, ...]) -> Tensor:
+    """[B, N, C * p * p] to [B, C, H, W], the inverse of `patchify`: inside a token (channel, row, column), as FLUX."""
+    b, _, features = tokens.shape
+    channels = features // patch**2
+    x = tokens.reshape(b, *grid, channels, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(b, channels, grid[0] * patch, grid[1] * patch)
+
+
 def xavier_patches_(embedder: PatchEmbed) -> None:
     """Xavier-uniform over the flattened kernel, as DiT initialises its patch convolution, and a zero bias."""
     nn.init.xavier_uniform_(embedder.proj.weight.view(embedder.proj.out_channels, -1))

@@ -35,10 +35,21 @@ def sincos_grid(height: int, width: int, channels: int, dtype: torch.dtype, devi
 
 
 @lru_cache(maxsize=64)
-def grid_positions(height: int, width: int) -> Tensor:
-    """(row, column) of every token in row-major order: [height * width, 2], float64, on the CPU."""
-    rows, columns = torch.meshgrid(*(torch.arange(n, device="cpu") for n in (height, width)), indexing="ij")
-    return torch.stack([rows.reshape(-1), columns.reshape(-1)], dim=1).to(torch.float64)
+def grid_positions(*sizes: int) -> Tensor:
+    """The coordinates of every token of a grid, the last axis moving fastest: [tokens, axes], float64, on the CPU.
+
+    Of (height, width): (row, column) in row-major order; of (frames, height, width): (frame, row, column).
+    """
+    axes = torch.meshgrid(*(torch.arange(n, device="cpu") for n in sizes), indexing="ij")
+    return torch.stack([axis.reshape(-1) for axis in axes], dim=1).to(torch.float64)
+
+
+def with_axes(positions: Tensor, axes: int) -> Tensor:
+    """Coordinates [n, k] as [n, axes]: those that come before the given ones are 0."""
+    n, given = positions.shape
+    if given > axes:
+        raise UserError(f"this model has {axes} position axes; got positions of {given}")
+    return positions if given == axes else torch.cat([positions.new_zeros(n, axes - given), positions], dim=1)
 
 
 def rotary(positions: Tensor, axes: tuple[int, ...], theta: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -57,12 +68,19 @@ def rotary(positions: Tensor, axes: tuple[int, ...], theta: float = 10000.0) -> 
 
 
 @lru_cache(maxsize=64)
-def rotary_grid(
-    height: int, width: int, axes: tuple[int, ...], theta: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The rotary table of a whole grid in row-major order, (row, column) as coordinates."""
-    cos, sin = rotary(grid_positions(height, width), axes, theta)
+def rotary_grid(*sizes: int, axes: tuple[int, ...], theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rotary table of a whole grid, the last axis moving fastest; further axes in front stand at 0."""
+    cos, sin = rotary(with_axes(grid_positions(*sizes), len(axes)), axes, theta)
     return cos.to(device), sin.to(device)
+
+
+def check_axes(axes: tuple[int, ...], head_dim: int) -> None:
+    """One sentence where a split of a head over rotary axes does not add up; every axis turns pairs of features."""
+    if sum(axes) != head_dim or any(a % 2 for a in axes):
+        raise UserError(
+            f"the rotary axes {list(axes)} must be even and add up to the head dimension, {head_dim}; "
+            f"they add up to {sum(axes)}"
+        )
 
 
 def axial_axes(head_dim: int, axes: int = 2) -> tuple[int, ...]:

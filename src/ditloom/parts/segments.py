@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Layout, Segment, Span
-from ditloom.contracts.streams import Context, Streams
+from ditloom.contracts.streams import Context, Memory, Streams
 from ditloom.parts.patches import PatchEmbed
-from ditloom.parts.positions import grid_positions, sincos_at, sincos_grid
+from ditloom.parts.positions import grid_positions, sincos_at, sincos_grid, with_axes
 
 AddPositions = Callable[[Tensor, tuple[int, int], Tensor | None], Tensor]
 
@@ -32,10 +32,12 @@ def join(
     segments: Sequence[Segment] = (),
     absolute: bool | AddPositions = True,
     stream: str = "image",
+    axes: int = 2,
 ) -> Joined:
     """Embed x [B, C, H, W] and the segments of `stream` with one patch embedding.
 
     absolute: True adds sine-cosine tables, False nothing; a function (tokens, grid, positions or None) adds its own.
+    axes: coordinates of a token; those before (row, column) are 0 unless a segment gives them.
     """
     grid = (x.shape[-2] // embedder.patch, x.shape[-1] // embedder.patch)
     add = (add_sincos if absolute else _add_nothing) if isinstance(absolute, bool) else absolute
@@ -47,8 +49,23 @@ def join(
         positions.append(_positions_of(segment, embedder.patch))
         spans.append(span_of(segment, tokens[-1].shape[1]))
     joined = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+    positions = [with_axes(p, axes) for p in positions]
     placed = positions[0] if len(positions) == 1 else torch.cat(positions)
     return Joined(joined, Layout(tuple(spans), grid), placed)
+
+
+def text_stream(memory: Memory, segments: Sequence[Segment], dtype: torch.dtype) -> tuple[Tensor, tuple[Span, ...]]:
+    """The text tokens with the segments added to their stream, and the spans of both."""
+    assert memory.text is not None
+    tokens, spans = [memory.text], [Span("text", memory.text.shape[1], "text")]
+    for segment in (s for s in segments if s.weights == "text"):
+        if segment.tokens.ndim != 3:
+            raise UserError(
+                f"the text stream takes embedded tokens [batch, n, width]; segment {segment.name!r} has none"
+            )
+        tokens.append(segment.tokens.to(dtype))
+        spans.append(span_of(segment, segment.tokens.shape[1]))
+    return (tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)), tuple(spans)
 
 
 def span_of(segment: Segment, length: int) -> Span:
