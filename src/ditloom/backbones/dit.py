@@ -79,10 +79,11 @@ class DiTBlock(Block):
         norms: tuple[nn.Module, nn.Module] | None = None,
         mlp: MLP | SwiGLU | None = None,
         modulation: AdaLN | None = None,
+        attn: attention.SelfAttention | None = None,
     ):
         super().__init__()
         self.norm1, self.norm2 = norms or (LayerNorm(width), LayerNorm(width))
-        self.attn = attention.Projections(width, heads, qk_norm=qk_norm)
+        self.attn = attn or attention.SelfAttention(width, heads, qk_norm=qk_norm)
         self.mlp = mlp or MLP(width, int(width * mlp_ratio))
         self.modulation = modulation or AdaLN(width, 6)
 
@@ -94,12 +95,8 @@ class DiTBlock(Block):
         chunks = (context.spread(m, layout) for m in self.modulation(context.modulation["image"]))
         shift1, scale1, gate1, shift2, scale2, gate2 = chunks
 
-        def attend(h: Tensor) -> Tensor:
-            q, k, v = self.attn.heads_of(h, context.rotary.get("image"), at)
-            return self.attn.out(attention.attend(q, k, v, layout, context.rule, context.gates, at), at)
-
         h = at.tap("modulated_in", modulate(self.norm1(x), shift1, scale1))
-        x = torch.addcmul(x, gate1, at.around("attn", attend, h))
+        x = torch.addcmul(x, gate1, at.around("attn", lambda h: self.attn(h, layout, context, at), h))
         h = modulate(self.norm2(x), shift2, scale2)
         mlp_rows = lambda index: self.mlp(take_rows(h, index))  # noqa: E731
         x = torch.addcmul(x, gate2, at.around("mlp", lambda h: self.mlp(h, at), h, rows=mlp_rows))
@@ -111,11 +108,9 @@ class DiTBlock(Block):
         return modulate(self.norm1(streams["image"]), spread(shift, streams.layout), spread(scale, streams.layout))
 
     def macs(self, layout: Layout) -> dict[str, int]:
-        n = layout.length()
-        width = self.attn.qkv.in_features
         return {
-            "attn": self.attn.macs(n) + cost.attention(n, n, width),
-            "mlp": self.mlp.macs(n),
+            "attn": self.attn.site_macs(layout),
+            "mlp": self.mlp.macs(layout.length()),
             "rest": self.modulation.macs(len(layout.groups("image"))),
         }
 
@@ -154,11 +149,12 @@ class DiT(Backbone):
         self.x_embedder = PatchEmbed(config.patch, config.channels, width)
         self.t_embedder = TimeEmbedding(width, shift=config.frequency_shift)
         self.y_embedder = LabelEmbedding(config.classes, width, config.null_class) if config.classes else None
-        self.blocks = nn.ModuleList(self.make_block() for _ in range(config.depth))
+        self.blocks = nn.ModuleList(self.make_block(layer) for layer in range(config.depth))
         self.final_layer = self.make_head()
         self.initialise()
 
-    def make_block(self) -> Block:
+    def make_block(self, layer: int) -> Block:
+        """Block `layer` of 0..depth - 1."""
         c = self.preset
         norms = (LayerNorm(c.width), LayerNorm(c.width, eps=c.norm2_eps))
         return DiTBlock(c.width, c.heads, c.mlp_ratio, norms=norms)

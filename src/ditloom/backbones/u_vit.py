@@ -97,7 +97,7 @@ class UViTBlock(Block):
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = False):
         super().__init__()
         self.norm1, self.norm2 = LayerNorm(width, True, 1e-5), LayerNorm(width, True, 1e-5)
-        self.attn = attention.Projections(width, heads, qkv_bias)
+        self.attn = attention.SelfAttention(width, heads, qkv_bias)
         self.mlp = MLP(width, int(width * mlp_ratio), exact=True)
 
     def forward(
@@ -107,11 +107,8 @@ class UViTBlock(Block):
         at = visit(plan, given, layout)
         x = self.enter(streams["image"], given)
 
-        def attend(h: Tensor) -> Tensor:
-            q, k, v = self.attn.heads_of(h, None, at)
-            return self.attn.out(attention.attend(q, k, v, layout, context.rule, context.gates, at), at)
-
-        x = x + at.around("attn", attend, at.tap("modulated_in", self.norm1(x)))
+        h = at.tap("modulated_in", self.norm1(x))
+        x = x + at.around("attn", lambda h: self.attn(h, layout, context, at), h)
         h = self.norm2(x)
         mlp_rows = lambda index: self.mlp(take_rows(h, index))  # noqa: E731
         x = x + at.around("mlp", lambda h: self.mlp(h, at), h, rows=mlp_rows)
@@ -126,9 +123,7 @@ class UViTBlock(Block):
         return self.norm1(streams["image"])
 
     def macs(self, layout: Layout) -> dict[str, int]:
-        n = layout.length()
-        width = self.attn.qkv.in_features
-        return {"attn": self.attn.macs(n) + cost.attention(n, n, width), "mlp": self.mlp.macs(n), "rest": 0}
+        return {"attn": self.attn.site_macs(layout), "mlp": self.mlp.macs(layout.length()), "rest": 0}
 
 
 class UViTSkipBlock(UViTBlock):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Layout
+from ditloom.contracts.streams import Context
 from ditloom.parts import cost
 from ditloom.parts.norms import NORMS
 from ditloom.parts.positions import rotate
@@ -58,6 +59,20 @@ class Projections(nn.Module):
 
     def macs(self, tokens: int) -> int:
         return cost.linears(self, tokens)
+
+
+class SelfAttention(Projections):
+    """Softmax attention among all tokens of one stream: projections, kernel, output. The kind "softmax" of KINDS."""
+
+    def forward(self, x: Tensor, layout: Layout, context: Context, at: Visit | BareVisit = BARE) -> Tensor:
+        """x [B, n, D], normed and modulated, to the attention's output [B, n, D] under the context's rule."""
+        q, k, v = self.heads_of(x, context.rotary.get("image"), at)
+        return self.out(attend(q, k, v, layout, context.rule, context.gates, at), at)
+
+    def site_macs(self, layout: Layout) -> int:
+        """Multiply-accumulates of the whole attention: projections and the products over all pairs of tokens."""
+        n = layout.length()
+        return self.macs(n) + cost.attention(n, n, self.qkv.in_features)
 
 
 def attend(
