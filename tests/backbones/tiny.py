@@ -68,6 +68,7 @@ def planned(
     kept: dict[int, dict[str, Any]] = {}
     for i, block in enumerate(backbone.blocks):
         plan, given = plans.get(i, (None, NOTHING))
+        given = {**backbone.handed(i, context), **given}
         if i in backbone.skips:
             given = {**given, "skip": left[backbone.skips[i]].tokens}
         streams, kept[i] = block(streams, context, plan, given)

@@ -144,11 +144,17 @@ class Backbone(nn.Module):
         waiting: dict[int, Streams] = {}
         sources = set(self.skips.values())
         for i, block in enumerate(self.blocks):
-            given = {"skip": waiting[self.skips[i]].tokens} if i in self.skips else NOTHING
+            given = self.handed(i, context)
+            if i in self.skips:
+                given = {**given, "skip": waiting[self.skips[i]].tokens}
             streams, _ = self.call(block, streams, context, None, given)
             if i in sources:
                 waiting[i] = streams
         return streams
+
+    def handed(self, position: int, context: Context) -> Mapping[str, Any]:
+        """What was prepared for the block at a flat position alone, such as its keys and values of the text."""
+        return NOTHING
 
     def call(
         self, block: nn.Module, streams: Streams, context: Context, plan: BlockPlan | None, given: Mapping[str, Any]

@@ -28,11 +28,13 @@ class Span:
 class Layout:
     """The spans of a forward in joint order (stream by stream), with the token grid of the main segment.
 
+    reads: (name, length) of tokens that blocks read and that are in no stream, such as the text of cross-attention.
     Static and hashable: it is part of what a compiled graph and a stored tensor belong to.
     """
 
     spans: tuple[Span, ...]
     grid: tuple[int, ...] = ()
+    reads: tuple[tuple[str, int], ...] = ()
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -83,6 +85,10 @@ class Layout:
                 lengths.append(span.length)
             last = span.modulation
         return tuple(lengths)
+
+    def read(self, name: str) -> int:
+        """Tokens of something that blocks read and that is in no stream; 0 if there is none of that name."""
+        return dict(self.reads).get(name, 0)
 
     def with_spans(self, *spans: Span) -> Layout:
         """The layout with further spans at the end of their streams."""
