@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ditloom.contracts.backbone import NOTHING
 from ditloom.contracts.clock import Clock, Rows
 from ditloom.contracts.method import Probe
 from ditloom.contracts.plan import Action
@@ -135,9 +134,9 @@ class Forward:
 
     def _call(self, position: int, index: int | None, streams: Streams, context: Context) -> Streams:
         backbone, program = self.run.backbone, self.program
-        block, given = backbone.blocks[position], NOTHING
+        block, given = backbone.blocks[position], backbone.handed(position, context)
         if position in backbone.skips:
-            given = {"skip": self._skip(backbone.skips[position])}
+            given = {**given, "skip": self._skip(backbone.skips[position])}
         if index is None or not (index in program.inner or index in program.taps or self.added.acts):
             streams, _ = backbone.call(block, streams, context, None, given)
             self.macs += self._block_macs(position)

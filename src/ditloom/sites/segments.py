@@ -109,7 +109,7 @@ class AddedSegments:
         ends, layout = surface.ends, surface.layout
         longer = surface.backbone.end_macs(_with_one_more(layout))
         per_token = longer["embed"] - ends["embed"]
-        patches = sum(layout.span(s.name).length for s in self.segments if s.tokens.ndim == 4)
+        patches = sum(layout.span(s.name).length for s in self.segments if s.tokens.ndim != 3)
         return patches * per_token + _own_times(self.segments) * ends.get("time", 0)
 
     def _is_held(self, segment: Segment) -> bool:
