@@ -151,6 +151,14 @@ class Handler:
     def captured(self, tap: Tap, value: Any, clock: Clock, rows: Rows) -> None:
         """Receives what a capture tap saw."""
 
+    def noted(self, tap: Tap, value: Any, clock: Clock, rows: Rows, memo: dict[str, Any]) -> None:
+        """The same with the run's memo, for what a later decision needs; by default handed to `captured`."""
+        self.captured(tap, value, clock, rows)
+
+    def remarks(self, memo: dict[str, Any]) -> Sequence[str]:
+        """Sentences for the user after the last step, such as a threshold that was never met."""
+        return ()
+
     def segments(self, clock: Clock, rows: Rows) -> Sequence[Segment]:
         """Further token segments of this forward."""
         return ()

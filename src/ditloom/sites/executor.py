@@ -192,7 +192,7 @@ class Forward:
             value = zip_map(lambda t: t[at], value)
         if not tap.gradient:
             value = zip_map(torch.Tensor.detach, value)
-        placed.handler.captured(tap, value, self.clock, self.rows)
+        placed.handler.noted(tap, value, self.clock, self.rows, self.run.memo(placed.handler))
 
     def row_mask(self, placed: Placed) -> Tensor | None:
         """For a tap of some branches: the rows it acts on [B]."""
@@ -224,8 +224,8 @@ class Forward:
             value = block.modulated_in(self.entered[probe.block], context)
             self.macs += block.modulated_in_macs(self.entered[probe.block].layout)
         elif probe.kind == "residual":
-            i, j = probe.span
-            value = self.entered[j]["image"] - self.entered[i]["image"]
+            (i, j), at = probe.span, self.rows.slice(self.rows.leading)
+            return (self.entered[j]["image"][at] - self.entered[i]["image"][at]).detach()
         else:
             value = self.entered[probe.block]["image"]
         return value[self.rows.slice(self.rows.leading)].detach()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ditloom.contracts.clock import Schedule
-from ditloom.contracts.method import Control, Handler, Steps, Tap
+from ditloom.contracts.method import Control, Handler, Probe, Steps, Tap
 from ditloom.contracts.plan import Action
 from ditloom.contracts.site import Site
 from ditloom.sites.combine import LEVELS, canonical, check, check_sites, check_taps
@@ -121,11 +121,19 @@ class Program:
         return segments * sum(2 ** sum(a is Action.DEFER for _, a, _ in actions) for actions, _ in shapes)
 
     def bytes_needed(self, rows: int, itemsize: int, tokens: int, width: int, latent: int = 0) -> int:
-        """An upper bound of what stored tensors will hold; `latent`: bytes of the predictions of all branches."""
+        """An upper bound of what stored tensors will hold, remembered probes among them.
+
+        latent: bytes of the predictions of all branches.
+        """
         depth = {p.place: p.control.predictor.depth for step in self.steps for p in step.planned() if p.stores}
         outer = {p.place for step in self.steps for p in step.outer}
-        inside = sum(d for place, d in depth.items() if place not in outer)
+        inside = sum(d for place, d in depth.items() if place not in outer) + len(self._remembered())
         return inside * rows * tokens * width * itemsize + latent * sum(depth[p] for p in outer if p in depth)
+
+    def _remembered(self) -> set[tuple[str, Probe]]:
+        """Probes that decisions may compare with later ones, token tensors all."""
+        deferred = [p for step in self.steps for p in step.planned() if p.action is Action.DEFER]
+        return {(p.handler.key, q) for p in deferred for q in p.handler.probes(p.site) if q.kind != "time_embedding"}
 
 
 def overriding(handlers: Sequence[Handler], name: str) -> list[Handler]:

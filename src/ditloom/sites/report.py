@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,8 +39,8 @@ class Report:
         self._passed[labels] += times
 
     def note(self, sentence: str) -> None:
-        """A remark for the user, once."""
-        if sentence not in self.notes:
+        """A remark for the user, once, whatever the numbers in it."""
+        if not any(_without_numbers(sentence) == _without_numbers(said) for said in self.notes):
             self.notes.append(sentence)
 
     @property
@@ -72,3 +73,7 @@ class Report:
             "cells": [[step, block, share] for (step, block), share in sorted(self.cells.items())],
             "notes": self.notes,
         }
+
+
+def _without_numbers(sentence: str) -> str:
+    return re.sub(r"\d[\d.e+-]*", "", sentence)

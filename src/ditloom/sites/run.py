@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ditloom.contracts.backbone import Backbone
 from ditloom.contracts.clock import Clock, Rows, Schedule
@@ -101,7 +101,9 @@ class Run:
         predictions = Outside(self, step, x, clock, names).predictions()
         for handler in program.steering:
             predictions = handler.velocity(predictions, clock)
-        self.report.bytes_held = max(self.report.bytes_held, self.store.bytes + self.keys.bytes)
+        self.report.bytes_held = max(self.report.bytes_held, self.store.bytes + self.keys.bytes + self._memo_bytes)
+        if clock.may_reuse and clock.step + 1 == self.schedule.steps:
+            self._remark(program)
         return predictions
 
     def until(self, x: Tensor, clock: Clock, block: int, branches: Sequence[str] | None = None) -> None:
@@ -123,6 +125,15 @@ class Run:
     def memo(self, handler: Handler) -> dict[str, Any]:
         """A handler's own notes of this run."""
         return self._memos.setdefault(handler.key, {})
+
+    @property
+    def _memo_bytes(self) -> int:
+        return sum(t.nbytes for t in tree_leaves(self._memos) if isinstance(t, Tensor))
+
+    def _remark(self, program: Program) -> None:
+        for handler in overriding(program.handlers, "remarks"):
+            for sentence in handler.remarks(self.memo(handler)):
+                self.report.note(sentence)
 
     def settle(self, planned: Planned, clock: Clock, branches: Sequence[str], made_of: MadeOf, look: Look) -> Action:
         """The action at a site, one for all forwards of a call. Guards beat plans: what is not stored is computed."""
