@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -10,11 +11,26 @@ from typing import Any
 from ditloom.contracts.errors import UnknownName, UserError
 from ditloom.contracts.registry import Registry
 
+_PIECES = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.""", re.DOTALL)
+"""A quoted text as a whole, or one letter."""
+
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:
-    """ "name:key=value,key=value" to the name and its settings; values are Python literals, else text."""
+    """ "name:key=value,key=(1,2)" to the name and its settings; values are Python literals, else text."""
     name, _, listed = spec.partition(":")
-    return name.strip(), dict(_setting(spec, item) for item in listed.split(",") if item.strip())
+    return name.strip(), dict(_setting(spec, item) for item in _items(listed) if item.strip())
+
+
+def _items(listed: str) -> list[str]:
+    """What commas part, those inside brackets and quotes aside."""
+    items, depth = [""], 0
+    for piece in _PIECES.findall(listed):
+        depth += (piece in "([{") - (piece in ")]}")
+        if piece == "," and not depth:
+            items.append("")
+        else:
+            items[-1] += piece
+    return items
 
 
 def _setting(spec: str, item: str) -> tuple[str, Any]:
