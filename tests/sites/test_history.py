@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ditloom.contracts.backbone import Backbone
+from ditloom.contracts.clock import Schedule
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.plan import Action
 from ditloom.sites.codecs import DELTA, VALUE
 from ditloom.sites.store import Store
 from ditloom.sites.surface import Surface
 from tests.sites import toys
-from tests.sites.driving import BOTH, by_run, follow, start
+from tests.sites.driving import BOTH, by_run, follow, same, start
 from tests.sites.scripted import Line, Planned
 from tests.sites.walkthroughs import Broadcast, FirstBlockCache, Gap, GuidanceGate, HoldOutput, LearnedGate, SomeRows
 
@@ -251,3 +252,24 @@ def test_histories_are_rings() -> None:
         store.push(("a", "site"), rows, step, torch.full((2, 1), float(step)), 3, {"cond": 0, "uncond": 0})
     seen = deque[int](store.steps(("a", "site"), "cond"))
     assert list(seen) == [2, 3, 4]
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """Holds, and knows the steps of its run."""
+
+    steps: int = 0
+    depth: int = 1
+
+    def on(self, schedule: Schedule) -> Scheduled:
+        return Scheduled(schedule.steps)
+
+    def __call__(self, history: Sequence[tuple[int, Any]], step: int) -> Any:
+        assert self.steps == 6
+        return history[-1][1]
+
+
+def test_a_predictor_may_ask_for_the_steps_of_the_run() -> None:
+    script = {"attn(0)": [COMPUTE, *[REUSE] * 5]}
+    asked, _ = by_run(toys.make("dit"), [Planned(script, Scheduled())])
+    assert same(asked, by_run(toys.make("dit"), [Planned(script)])[0])

@@ -35,6 +35,7 @@ class Predictor(Protocol):
     """A stored value's estimate at step s from the computed ones: `history` holds (step, z), newest last.
 
     depth: how many are kept; so many must be there, unless the predictor has an attribute `least` that says fewer.
+    One whose rule depends on the length of a run has a method `on(schedule)` that returns it for that run.
     """
 
     @property

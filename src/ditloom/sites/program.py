@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ditloom.contracts.clock import Schedule
@@ -144,7 +144,7 @@ def overriding(handlers: Sequence[Handler], name: str) -> list[Handler]:
 def build(handlers: Sequence[Handler], schedule: Schedule, surface: Surface) -> Program:
     """Plan every step; refuse an illegal set before anything runs."""
     ordered = canonical(handlers)
-    controls = {h.key: tuple(h.controls(surface)) for h in ordered}
+    controls = {h.key: tuple(_on(schedule, control) for control in h.controls(surface)) for h in ordered}
     plans = {h.key: h.plan(schedule, surface) for h in ordered}
     taps = {h.key: h.taps(schedule, surface) for h in ordered}
     for what in (plans, taps):
@@ -168,6 +168,12 @@ def build(handlers: Sequence[Handler], schedule: Schedule, surface: Surface) -> 
             placed_taps.sort(key=lambda p: canonical_rank(p.tap.op))
         step.outer.sort(key=lambda p: p.site.kind != "output")
     return Program(ordered, steps, surface)
+
+
+def _on(schedule: Schedule, control: Control) -> Control:
+    """A control whose predictor knows the steps of the run, where it asks to."""
+    on = getattr(control.predictor, "on", None)
+    return control if on is None else replace(control, predictor=on(schedule))
 
 
 def _fates(controls: Controls, plans: Plans) -> list[tuple[str, Control, list[Fate]]]:

@@ -1,0 +1,1 @@
+"""Feature caches: what a sampling step may take over from, or predict by, the steps before it."""
