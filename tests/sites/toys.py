@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ditloom.backbones.dit import DiT, DiTConfig
 from ditloom.backbones.mmdit import MMDiT, MMDiTConfig
+from ditloom.backbones.skip_dit import SkipDiTConfig
 from ditloom.backbones.u_vit import UViT, UViTConfig
 from ditloom.contracts.backbone import NOTHING, Backbone, Transition
 from ditloom.contracts.clock import Schedule
@@ -122,6 +123,7 @@ SHAPE: dict[str, Any] = {"width": 64, "heads": 4, "image_size": SIZE, "channels"
 TEXT, POOLED, WORDS = 32, 16, 6
 MODELS: dict[str, Any] = {
     "dit": lambda: ToyDiT(DiTConfig(depth=5, classes=10, learn_sigma=False, **SHAPE)),
+    "skip-dit": lambda: SkipDiTConfig(depth=6, classes=10, learn_sigma=False, **SHAPE).build(),
     "u-toy": lambda: UToy(UToyConfig(depth=6, classes=10, learn_sigma=False, **SHAPE)),
     "mmdit": lambda: ToyMMDiT(MMDiTConfig(depth=4, text_width=TEXT, pooled_width=POOLED, qk_norm="rms", **SHAPE)),
     "mmdit-dual": lambda: ToyMMDiT(MMDiTConfig(depth=4, text_width=TEXT, pooled_width=POOLED, dual=(0, 2), **SHAPE)),

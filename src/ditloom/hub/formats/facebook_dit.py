@@ -29,6 +29,7 @@ MODULATIONS = (
 REST = Move("{rest}", "{rest}")
 
 
+GROWN = ("skip_norms.",)  # beginnings of names that other families have besides those of DiT
 MODERN = ("feat_rope.freqs_cos", ".norm1.weight", ".mlp.w12.weight", ".attn.q_norm.weight")
 
 
@@ -43,6 +44,11 @@ def is_modern(foreign: Foreign) -> bool:
         return True
     weight = foreign.tensors.get("blocks.0.adaLN_modulation.1.weight")
     return weight is not None and weight.ndim == 2 and weight.shape[0] == 4 * weight.shape[1]
+
+
+def is_grown(foreign: Foreign) -> bool:
+    """Whether there is something that a family of its own has beside all that DiT has."""
+    return any(key.startswith(GROWN) for key in foreign.tensors)
 
 
 def read_sizes(foreign: Foreign, presets: Any, family: str, heads: int | None = None) -> dict[str, Any]:
@@ -73,7 +79,7 @@ class FacebookDiT(Format):
     keymap: ClassVar[KeyMap] = KeyMap(POSITIONS, *MODULATIONS, REST)
 
     def recognises(self, foreign: Foreign) -> bool:
-        return has_adaln_blocks(foreign) and not is_modern(foreign)
+        return has_adaln_blocks(foreign) and not is_modern(foreign) and not is_grown(foreign)
 
     def config(self, foreign: Foreign) -> DiTConfig:
         sizes = read_sizes(foreign, dit.PRESETS, "DiT")
