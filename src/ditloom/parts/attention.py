@@ -13,7 +13,7 @@ from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Layout
 from ditloom.contracts.streams import Context
 from ditloom.parts import cost
-from ditloom.parts.norms import NORMS
+from ditloom.parts.norms import head_norm
 from ditloom.parts.positions import rotate
 from ditloom.sites.rules import Gates, Plan, Rule, Settled, settle
 from ditloom.sites.visit import BARE, BareVisit, Visit
@@ -25,8 +25,8 @@ EXPLICIT_LIMIT = 1 << 20
 class Projections(nn.Module):
     """q, k, v of one stream with optional per-head norms and rotary embedding, and the output projection.
 
-    `qk_norm`: None, "rms" or "layer" over the head dimension. `project_out=False` for a stream whose attention
-    output is dropped (the last text block of MMDiT). Tensors are [B, n, h, d]: tokens stay on axis 1.
+    `qk_norm`: None, "rms" or "layer" over the head dimension, "rms-full" over the whole width. `project_out=False` for
+    a stream whose attention output is dropped (the last text block of MMDiT). Tensors are [B, n, h, d], tokens on axis 1.
     """
 
     def __init__(
@@ -37,8 +37,7 @@ class Projections(nn.Module):
             raise UserError(f"width {width} is not a multiple of {heads} heads")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        head_norm = (lambda: NORMS[qk_norm](width // heads, True)) if qk_norm else nn.Identity
-        self.q_norm, self.k_norm = head_norm(), head_norm()
+        self.q_norm, self.k_norm = (head_norm(qk_norm, width, heads) for _ in range(2))
         if project_out:
             self.proj = nn.Linear(width, width)
 

@@ -74,3 +74,14 @@ class VectorEmbedding(nn.Module):
 
     def forward(self, vector: Tensor) -> Tensor:
         return self.mlp(vector.to(next(self.mlp.parameters()).dtype))
+
+
+class TextEmbedding(nn.Module):
+    """Token states through a two-layer GELU (tanh approximation) MLP: [B, n, inputs] -> [B, n, D]."""
+
+    def __init__(self, inputs: int, width: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(inputs, width), nn.Linear(width, width)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(text), approximate="tanh"))

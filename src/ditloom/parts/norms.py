@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ditloom.contracts.errors import UnknownName
+
 
 class LayerNorm(nn.LayerNorm):
     """LayerNorm; `affine=False` as in adaLN blocks. eps 1e-6."""
@@ -26,6 +28,17 @@ class RMSNorm(nn.Module):
         return (x * scale).to(x.dtype) * self.weight.to(x.dtype)
 
 
+class AcrossHeads(nn.Module):
+    """A norm over the full width of queries or keys that are cut into heads already: [..., h, d]."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.flatten(-2)).view(x.shape)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x * (1 + scale) + shift, broadcast over tokens."""
     return torch.addcmul(shift, x, 1 + scale)
@@ -41,3 +54,13 @@ NORMS = {
     "rms": lambda width, affine: RMSNorm(width),
     "layer-affine": lambda width, affine: LayerNorm(width, True, 1e-5),
 }
+
+
+def head_norm(kind: str | None, width: int, heads: int) -> nn.Module:
+    """A norm of queries or keys [..., h, d]: per head by its name in NORMS, or "rms-full", "layer-affine-full"."""
+    if kind is None:
+        return nn.Identity()
+    name = kind.removesuffix("-full")
+    if name not in NORMS:
+        raise UnknownName("norm of queries and keys", kind, [*NORMS, *(f"{n}-full" for n in NORMS)])
+    return AcrossHeads(NORMS[name](width, True)) if name != kind else NORMS[name](width // heads, True)

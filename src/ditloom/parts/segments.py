@@ -150,8 +150,8 @@ def _length(segment: Segment) -> int:
     return segment.tokens.shape[1]
 
 
-def main_modulation(streams: Streams, context: Context, stream: str = "image") -> Tensor:
-    """The conditioning of the segment "image" alone, for the head: [B, 1, D] or per token."""
-    c = context.modulation[stream]
+def main_modulation(streams: Streams, context: Context, stream: str = "image", key: str = "") -> Tensor:
+    """The conditioning of the segment "image" alone, for the head: [B, 1, D] or per token; `key`: where it is kept."""
+    c = context.modulation[key or stream]
     at = streams.layout.slice("image")
     return c[:, at] if c.shape[1] == streams.layout.length(stream) else c[:, :1]
