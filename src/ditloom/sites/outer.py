@@ -27,9 +27,10 @@ class Outside:
 
     def __init__(self, run: Run, program: StepProgram, x: Tensor, clock: Clock, names: tuple[str, ...]):
         self.run, self.program, self.x, self.clock, self.names = run, program, x, clock, names
+        self.expected = run.expected(names)
         self.acting = [p for p in program.outer if clock.may_reuse and self._branches(p)]
         if self.acting:
-            self.made_of = run.made_of(names, clock, "outer", of_latent(x))
+            self.made_of = run.made_of(self.expected, clock, "outer", of_latent(x))
 
     def predictions(self) -> dict[str, Tensor]:
         """The predictions of all branches, in the order they were asked for."""
@@ -45,32 +46,33 @@ class Outside:
                 storing.append(planned)
         computing = tuple(name for name in self.names if name not in gated)
         handlers = frozenset(p.handler.key for p in gated.values())
-        found = self.run.forwards(self.x, self.clock, computing, self.program, handlers)
+        found = self.run.forwards(self.x, self.clock, computing, self.program, handlers) if computing else {}
         self._learn(storing, found)
         leading = self._leading(found)
-        found |= {str(name): self._reused(planned, str(name), leading) for name, planned in gated.items()}
+        for name in (n for n in self.names if n in gated):
+            found[name] = self._reused(gated[name], name, leading)
         return {name: found[name] for name in self.names}
 
     def _branches(self, planned: Planned) -> tuple[str, ...]:
-        """The asked branches that a site stands for."""
+        """The branches of this step that a site stands for."""
         branch = planned.site.branch
-        return self.names if branch is None else tuple(name for name in self.names if name == branch)
+        return self.expected if branch is None else tuple(name for name in self.expected if name == branch)
 
     def _settle(self, planned: Planned, gated: int) -> Action:
         """A branch can only be predicted beside one that is computed."""
         branches = self._branches(planned)
         action = Action.COMPUTE
-        if planned.site.branch is None or gated + 1 < len(self.names):
+        if planned.site.branch is None or gated + 1 < len(self.expected):
             action = self.run.settle(planned, self.clock, branches, self.made_of, _nothing_to_look_at)
-        self.run.report.visit(planned.site, action, len(branches))
+        asked = [name for name in branches if name in self.names]
+        if asked:
+            self.run.report.visit(planned.site, action, len(asked))
         return action
 
     def _learn(self, storing: list[Planned], found: dict[str, Tensor]) -> None:
         """Hand the computed predictions to those who observe, and store what later steps need."""
-        assert self.run.program is not None
         if self.clock.may_reuse:
-            for handler in self.run.program.observers:
-                handler.observe(self.clock, dict(found), self.run.memo(handler))
+            self.run.learn(self.clock, found)
         leading = self._leading(found)
         for planned in storing:
             for name in (n for n in self._branches(planned) if n in found):
@@ -88,7 +90,8 @@ class Outside:
                 self.run.report.visit(site, Action.COMPUTE, 1 if site.branch else len(self.names))
 
     def _leading(self, found: dict[str, Tensor]) -> Tensor:
-        return found.get("cond", next(iter(found.values())))
+        known = {**found, **self.run.earlier}
+        return known.get("cond", next(iter(known.values())))
 
     def _reused(self, planned: Planned, name: str, x: Tensor) -> Tensor:
         control, report = planned.control, self.run.report

@@ -75,6 +75,7 @@ class Run:
         self.blocks = sum(not b.is_transition for b in backbone.blocks)
         self.program: Program | None = None
         self.asked: tuple[str, ...] = tuple(self.conditions)
+        self.earlier: dict[str, Tensor] = {}  # predictions of this step that were asked for apart, by branch
         self.seen_layout: Layout | None = None
         self._weights, self._marks = Weights(backbone), Marks()
         self._memories: list[Prepared] = []
@@ -95,8 +96,7 @@ class Run:
             return self.forwards(x, clock, names, PASSIVE)
         program = self._programmed(x, clock, names)
         step = program.steps[clock.step]
-        self.asked = names
-        self._settled.clear()
+        self.begin(clock, names)
         self._drop(program, clock)
         predictions = Outside(self, step, x, clock, names).predictions()
         for handler in program.steering:
@@ -105,6 +105,26 @@ class Run:
         if clock.may_reuse and clock.step + 1 == self.schedule.steps:
             self._remark(program)
         return predictions
+
+    def begin(self, clock: Clock, names: tuple[str, ...]) -> None:
+        """A prediction starts: actions are settled anew, for the branches it asks for."""
+        self.asked = names
+        self._settled.clear()
+
+    def expected(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The branches of a step: those asked for, unless others are known to be asked for apart from them."""
+        return names
+
+    def learn(self, clock: Clock, found: dict[str, Tensor]) -> None:
+        """Hand the predictions that were really computed to those who observe."""
+        assert self.program is not None
+        for handler in self.program.observers:
+            handler.observe(clock, dict(found), self.memo(handler))
+
+    def inputs(self, x: Tensor, clock: Clock, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """x for every branch, and its native time."""
+        batch = torch.cat([x] * len(names)) if len(names) > 1 else x
+        return batch, torch.full((len(batch),), clock.native, dtype=torch.float64, device=x.device)
 
     def until(self, x: Tensor, clock: Clock, block: int, branches: Sequence[str] | None = None) -> None:
         """Run up to and including a block: taps deliver what they capture; nothing is predicted, used or stored."""
@@ -183,7 +203,7 @@ class Run:
     ) -> Tensor | None:
         """One forward of the branches `names`."""
         rows = Rows(names, len(x))
-        batch, time = _rows_of(x, clock, names)
+        batch, time = self.inputs(x, clock, names)
         return Forward(self, program, clock, rows, reuse, gated)(batch, time, self._memory(rows, clock), until)
 
     def added(self, clock: Clock, rows: Rows) -> AddedSegments | NothingAdded:
@@ -236,7 +256,7 @@ class Run:
         """The program, planned at the first call from the layout of the first forward."""
         if self.program is None:
             group = names if self.batched else names[:1]
-            batch, time = _rows_of(x, clock, group)
+            batch, time = self.inputs(x, clock, group)
             with torch.no_grad():
                 memory = self._memory(Rows(group, len(x)), clock)
                 streams, _ = self.backbone.embed(batch, time, memory)
@@ -281,12 +301,6 @@ class Run:
         """By branch, a mark of everything a stored value depends on: `what`, the weights and the branch's condition."""
         weights = self._weights.version(clock.step)
         return {b: self._marks(weights, of_condition(self.conditions[b]), *what) for b in branches}
-
-
-def _rows_of(x: Tensor, clock: Clock, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """x for every branch, and its native time."""
-    batch = torch.cat([x] * len(names)) if len(names) > 1 else x
-    return batch, torch.full((len(batch),), clock.native, dtype=torch.float64, device=x.device)
 
 
 def _readable(size: int) -> str:
