@@ -5,6 +5,7 @@ python -m benchmarks dit_speed
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 
@@ -60,13 +61,14 @@ def inference() -> dict[str, float]:
     randomise(ours)
     theirs = peer().eval()
     x, t, condition = ours.example(BATCH)
-    plain, compiled = ours, ditloom.build("DiT-S/2").eval().to(torch.bfloat16)
-    compiled.load_state_dict(ours.state_dict())
+    plain, compiled, frozen = ours, copy.deepcopy(ours), copy.deepcopy(ours)
     compile_blocks(compiled)
+    compile_blocks(frozen, frozen=True)
     contenders: dict[str, Callable[[], object]] = {
         "diffusers": lambda: autocast(theirs, x, t, condition),
         "eager": lambda: no_grad(plain, x, t, condition),
         "compiled": lambda: no_grad(compiled, x, t, condition),
+        "frozen": lambda: no_grad(frozen, x, t, condition),
     }
     times = interleaved(contenders, RUNS)
     streams, _ = ours.embed(x, ours.preset.time.native(t), ours.prepare(condition))
@@ -75,9 +77,11 @@ def inference() -> dict[str, float]:
         "diffusers img/s": BATCH / times["diffusers"].median,
         "eager img/s": BATCH / times["eager"].median,
         "compiled img/s": BATCH / times["compiled"].median,
+        "frozen img/s": BATCH / times["frozen"].median,
         "eager over diffusers": ratios(times["diffusers"], times["eager"]),
         "compiled over diffusers": ratios(times["diffusers"], times["compiled"]),
-        "share of bf16 peak": flops / times["compiled"].median / peak(torch.bfloat16),
+        "frozen over diffusers": ratios(times["diffusers"], times["frozen"]),
+        "share of bf16 peak": flops / times["frozen"].median / peak(torch.bfloat16),
     }
 
 

@@ -114,7 +114,7 @@ class Model:
                     on_step(batch, step)
             latents.append(step.x)
         x = torch.cat(latents) if latents else torch.empty(0)
-        return Result(self.pictures(x) if latents else [], x, report, settings)
+        return Result(self.pictures(x) if latents else [], x, report, self.changed(settings, using))
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """The sampling settings: what is given, else the model's own defaults; checked."""
@@ -128,6 +128,23 @@ class Model:
             chosen["guidance"] = f"cfg:scale={scale}"
         return chosen
 
+    def changed(self, settings: Mapping[str, Any], using: Using = ()) -> dict[str, Any]:
+        """The sampling settings after the methods that change some, each setting at most once."""
+        chosen = dict(settings)
+        by: dict[str, str] = {}
+        for method in self._methods(using):
+            if isinstance(method, Method):
+                for name, value in method.sampling(settings).items():
+                    key = type(method).__registration__.name  # type: ignore[attr-defined]
+                    if name in by:
+                        raise UserError(f"{by[name]} and {key} cannot run together: both change {name}")
+                    chosen[name], by[name] = value, key
+        return chosen
+
+    def _methods(self, using: Using) -> list[Method | Handler]:
+        """What is attached and what is asked for, as objects."""
+        return [m if isinstance(m, Handler) else registered(METHODS, m) for m in (*self.attached, *using)]
+
     def batch(
         self,
         inputs: Sequence[Input],
@@ -138,6 +155,7 @@ class Model:
         batched: bool = True,
     ) -> Batch:
         """Prepare a batch: conditions of all branches, sampler, guidance and handlers."""
+        settings = self.changed(settings, using)
         guidance = registered(GUIDANCE, settings["guidance"])
         sampler = registered(SAMPLERS, settings["sampler"])
         shape = self.latent_shape(settings.get("size"))
@@ -161,16 +179,13 @@ class Model:
         return self.latents.shape(size or self.sampling.get("size") or native)
 
     def handlers(self, using: Using, shape: tuple[int, ...]) -> list[Handler]:
-        """What is attached and what is asked for, bound to this model."""
-        wanted = [*self.attached, *using]
+        """What is attached and what is asked for, bound to this model, but for what acts nowhere."""
+        wanted = self._methods(using)
         if not wanted:
             return []
         surface = self.surface(shape)
-        bound = []
-        for item in wanted:
-            handler = item if isinstance(item, Handler) else registered(METHODS, item).bind(surface)
-            bound.append(handler)
-        return bound
+        bound = [m if isinstance(m, Handler) else m.bind(surface) for m in wanted]
+        return [handler for handler in bound if type(handler) is not Handler]
 
     def surface(self, shape: tuple[int, ...] | None = None) -> Surface:
         """The sites of this model at a latent size."""
@@ -209,11 +224,11 @@ class Model:
         self.conditioner.to(device=device)
         return self
 
-    def compile(self) -> Model:
-        """Compile the backbone block by block."""
+    def compile(self, *, frozen: bool = False) -> Model:
+        """Compile the backbone block by block; frozen: for drawing alone, with the weights as constants (CPU)."""
         from ditloom.sites.compiling import compile_blocks
 
-        compile_blocks(self.backbone)
+        compile_blocks(self.backbone, frozen=frozen and self.backbone.device.type == "cpu")
         return self
 
     def config(self) -> dict[str, Any]:

@@ -59,3 +59,17 @@ def test_the_recompile_limit_holds_what_is_announced() -> None:
         compile_blocks(model, backend="eager")
         assert announce(model, 5) == 2 * 5 and config.recompile_limit == 80
         assert config.accumulated_recompile_limit == 640
+
+
+@pytest.mark.slow
+def test_frozen_blocks_compute_the_same_in_one_graph_each() -> None:
+    eager, _ = by_run(toys.make("dit"), [Broadcast(3)])
+    model = toys.make("dit")
+    compile_blocks(model, frozen=True)
+    with torch.no_grad():
+        compiled, run = by_run(model, [Broadcast(3)])
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+    assert COUNTERS["stats"]["unique_graphs"] <= 2 * 5
+    with torch.no_grad():
+        again, _ = by_run(model, [Broadcast(3)])
+    assert same(again, compiled) and not any(p.requires_grad for p in model.parameters())

@@ -100,6 +100,7 @@ class Backbone(nn.Module):
     """A Diffusion Transformer: embed, a flat list of blocks and transitions, head.
 
     Time reaches `embed` in the network's own units; `forward` takes the noise level t in [0, 1] and converts.
+    frozen: its blocks are compiled with their weights as constants.
     """
 
     preset: BackboneConfig
@@ -107,6 +108,7 @@ class Backbone(nn.Module):
     skips: Mapping[int, int] = {}
     missing: ClassVar[Mapping[str, str]] = {}
     checkpointing: bool = False
+    frozen: bool = False
 
     @abstractmethod
     def prepare(self, condition: Condition) -> Memory:
@@ -194,7 +196,7 @@ class Backbone(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
-def check_size(x: Tensor, channels: int, patch: int, family: str) -> None:
+def check_size(x: Tensor, channels: int, patch: int, family: str, because: str = "its patch") -> None:
     """One clear sentence when x [B, C, H, W] does not fit: wrong rank, channels, or not a multiple of the patch."""
     if x.ndim != 4:
         raise UserError(f"{family} takes x of shape [batch, channels, height, width]; got {list(x.shape)}")
@@ -204,4 +206,4 @@ def check_size(x: Tensor, channels: int, patch: int, family: str) -> None:
     if height % patch or width % patch:
         fits = f"{height // patch * patch or patch}x{width // patch * patch or patch}"
         given = f"got {height}x{width}, try {fits}"
-        raise UserError(f"{family} takes sizes that are multiples of its patch, {patch}; {given}")
+        raise UserError(f"{family} takes sizes that are multiples of {because}, {patch}; {given}")

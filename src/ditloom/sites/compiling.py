@@ -9,11 +9,17 @@ import torch
 from ditloom.contracts.backbone import Backbone
 
 
-def compile_blocks(backbone: Backbone, plans: int = 1, **options: Any) -> int:
+def compile_blocks(backbone: Backbone, plans: int = 1, *, frozen: bool = False, **options: Any) -> int:
     """Compile every block; graphs = block kinds x block plans x shapes. Returns how many to expect per shape.
 
     `plans`: distinct block plans; a run announces its own number (`Program.static_plans`) before it starts.
+    frozen: for inference alone; weights become constants that are laid out once for the processor's matrix products,
+    which takes their memory again, one graph per block instead of per kind, and sees no later change of a weight.
     """
+    if frozen:
+        backbone.eval().requires_grad_(False)
+        options = {"options": {"freezing": True}, **options}
+    backbone.frozen = frozen
     for block in backbone.blocks:
         block.compile(fullgraph=True, dynamic=False, **options)
     return announce(backbone, plans)
@@ -21,7 +27,7 @@ def compile_blocks(backbone: Backbone, plans: int = 1, **options: Any) -> int:
 
 def announce(backbone: Backbone, plans: int) -> int:
     """Raise the recompile limit to hold so many plans of compiled blocks, in eight shapes each."""
-    kinds = len({type(block) for block in backbone.blocks})
+    kinds = len(backbone.blocks if backbone.frozen else {type(block) for block in backbone.blocks})
     expected = kinds * max(plans, 1)
     if any(block._compiled_call_impl is not None for block in backbone.blocks):
         config = torch._dynamo.config

@@ -108,7 +108,7 @@ class Generate(Command):
 
         dtype, device = dtype_of(self.dtype), device_of(self.device, share().local_rank)
         model = load(self.model, dtype=dtype, device=device)
-        return model.compile() if self.compile else model
+        return model.compile(frozen=True) if self.compile else model
 
     def _order(self, model: Model) -> Order:
         from ditloom.cli.bulk import Order
