@@ -165,11 +165,12 @@ def test_starts_at_zero(name: str) -> None:
 def test_starts_with_identity_blocks(name: str) -> None:
     backbone = TINY[name].build()
     streams, context = embedded(backbone, *inputs(backbone))
-    for block in backbone.blocks:
-        if not block.is_transition:
-            out, _ = block(streams, context)
-            assert all(torch.equal(out[s], streams[s]) for s in streams.tokens)
-        streams, _ = block(streams, context)
+    left = {}
+    for i, block in enumerate(backbone.blocks):
+        given = {"skip": left[backbone.skips[i]].tokens} if i in backbone.skips else {}
+        out, _ = block(streams, context, None, given)
+        assert block.is_transition or all(torch.equal(out[s], streams[s]) for s in streams.tokens)
+        streams = left[i] = out
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Tables that say, in both directions, which tensor of another code base is which of ours.
 
 A map is a list of entries; the first entry that names one of our tensors has it. In a pattern ``{i}`` is a block's
-number, ``{p}`` is weight or bias, and ``{rest}`` is the end of a name.
+number, ``{p}`` is weight or bias, and ``{rest}`` is the end of a name. An entry may hold for some of our blocks only
+(`where`, with transitions counted, as they stand in the list), which they may number from the first (`from_zero`).
 """
 
 from __future__ import annotations
@@ -65,18 +66,46 @@ class FlatTable(Change):
         return theirs.reshape(like.shape)
 
 
-SAME, SWAP, FLAT = Same(), SwapHalves(), FlatTable()
+class Flat2d(Change):
+    """A patch convolution [D, C, p, p] as a linear layer [D, C * p * p]; a bias stays as it is."""
+
+    def out(self, ours: Tensor) -> Tensor:
+        return ours.flatten(1) if ours.ndim > 1 else ours
+
+    def back(self, theirs: Tensor, like: Tensor) -> Tensor:
+        return theirs.reshape(like.shape)
+
+
+class Pointwise(Change):
+    """A linear layer's weight as a 1x1 convolution's, [out, in, 1, 1]; a bias stays."""
+
+    def out(self, ours: Tensor) -> Tensor:
+        return ours[..., None, None] if ours.ndim == 2 else ours
+
+    def back(self, theirs: Tensor, like: Tensor) -> Tensor:
+        return theirs.reshape(like.shape)
+
+
+SAME, SWAP, FLAT, LINEAR = Same(), SwapHalves(), FlatTable(), Flat2d()
+POINTWISE = Pointwise()
 
 
 class Entry(ABC):
     """One line of a map."""
 
     ours: str = ""
+    where: Where | None = None
+    from_zero: bool = False
 
     def claims(self, name: str, config: Any) -> dict[str, Any] | None:
         """The placeholders' values if `name` is a tensor of ours that this entry speaks of."""
         match = _pattern(self.ours).fullmatch(name) if self.ours else None
-        return match.groupdict() if match else None
+        if match is None or self.where is None:
+            return match.groupdict() if match else None
+        blocks, i = self.where(config), int(match["i"])
+        if i not in blocks:
+            return None
+        return {**match.groupdict(), "i": i - blocks.start if self.from_zero else i}
 
     @abstractmethod
     def out(self, found: Mapping[str, Any], ours: Tensor, config: Any) -> Tensors:
@@ -86,6 +115,10 @@ class Entry(ABC):
     def back(self, found: Mapping[str, Any], theirs: Mapping[str, Tensor], like: Tensor, config: Any) -> Tensor:
         """Our tensor, from theirs."""
 
+    def merged(self, before: Tensor | None, new: Tensor) -> Tensor:
+        """Their tensor when another of ours has given a part of it already (`before`)."""
+        return new
+
     def added(self, config: Any) -> Tensors:
         """Tensors that only they store."""
         return {}
@@ -93,22 +126,13 @@ class Entry(ABC):
 
 @dataclass(frozen=True)
 class Move(Entry):
-    """One tensor is one tensor. `where`: the blocks it holds for; `from_zero`: theirs are numbered from the first."""
+    """One tensor is one tensor."""
 
     theirs: str
     ours: str
     change: Change = SAME
     where: Where | None = None
     from_zero: bool = False
-
-    def claims(self, name: str, config: Any) -> dict[str, Any] | None:
-        found = super().claims(name, config)
-        if found is None or self.where is None:
-            return found
-        blocks, i = self.where(config), int(found["i"])
-        if i not in blocks:
-            return None
-        return {**found, "i": i - blocks.start} if self.from_zero else found
 
     def out(self, found: Mapping[str, Any], ours: Tensor, config: Any) -> Tensors:
         return {self.theirs.format(**found): self.change.out(ours)}
@@ -118,11 +142,28 @@ class Move(Entry):
 
 
 @dataclass(frozen=True)
+class Placed(Move):
+    """One tensor is one tensor, in a model whose blocks they do not number through.
+
+    `places` gives, for the positions of ours that the entry holds for, what to write into their name.
+    """
+
+    places: Callable[[Any], Mapping[int, Mapping[str, Any]]] = field(default=lambda config: {}, compare=False)
+
+    def claims(self, name: str, config: Any) -> dict[str, Any] | None:
+        found = super().claims(name, config)
+        place = self.places(config).get(int(found["i"])) if found else None
+        return None if found is None or place is None else {**found, **place}
+
+
+@dataclass(frozen=True)
 class Fuse(Entry):
     """Several of theirs, equally tall, stand one above the other in one of ours."""
 
     theirs: tuple[str, ...]
     ours: str
+    where: Where | None = None
+    from_zero: bool = False
 
     def out(self, found: Mapping[str, Any], ours: Tensor, config: Any) -> Tensors:
         parts = ours.chunk(len(self.theirs))
@@ -130,6 +171,30 @@ class Fuse(Entry):
 
     def back(self, found: Mapping[str, Any], theirs: Mapping[str, Tensor], like: Tensor, config: Any) -> Tensor:
         return torch.cat([theirs[name.format(**found)] for name in self.theirs])
+
+
+@dataclass(frozen=True)
+class Part(Entry):
+    """One of ours is the first or last part of one of theirs, along an axis; the other part has an entry of its own."""
+
+    theirs: str
+    ours: str
+    axis: int = 0
+    last: bool = False
+    where: Where | None = None
+    from_zero: bool = False
+
+    def out(self, found: Mapping[str, Any], ours: Tensor, config: Any) -> Tensors:
+        return {self.theirs.format(**found): ours}
+
+    def merged(self, before: Tensor | None, new: Tensor) -> Tensor:
+        if before is None:
+            return new
+        return torch.cat([before, new] if self.last else [new, before], dim=self.axis)
+
+    def back(self, found: Mapping[str, Any], theirs: Mapping[str, Tensor], like: Tensor, config: Any) -> Tensor:
+        whole, size = theirs[self.theirs.format(**found)], like.shape[self.axis]
+        return whole.narrow(self.axis, whole.shape[self.axis] - size if self.last else 0, size).contiguous()
 
 
 @dataclass(frozen=True)
@@ -188,7 +253,8 @@ class KeyMap:
         theirs: Tensors = {}
         for name, value in ours.items():
             entry, found = self._entry(name, config)
-            theirs.update(entry.out(found, value, config))
+            for key, new in entry.out(found, value, config).items():
+                theirs[key] = entry.merged(theirs.get(key), new)
         dtype = next(iter(ours.values())).dtype
         for entry in self.entries:
             theirs.update({name: value.to(dtype) for name, value in entry.added(config).items()})

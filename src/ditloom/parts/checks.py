@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from ditloom.contracts.errors import UserError
+from ditloom.contracts.layout import Segment
 
 
 def check_text(text: Tensor | None, mask: Tensor | None, width: int, family: str) -> Tensor:
@@ -33,3 +38,36 @@ def check_rows(x: Tensor, given: Tensor | None, what: str) -> None:
     """Refuse a condition for another number of rows than x has."""
     if given is not None and given.shape[0] != x.shape[0]:
         raise UserError(f"x has {x.shape[0]} rows and the {what} {given.shape[0]}")
+
+
+def check_grid_only(time: Tensor, segments: Sequence[Segment], family: str, why: str) -> None:
+    """Refuse added segments, and times per token, in a family that has one grid and one time per image."""
+    if segments:
+        raise UserError(f"{family} takes no segment {segments[0].name!r}: {why}")
+    if time.ndim != 1:
+        raise UserError(f"{family} has one time per image; got times of shape {list(time.shape)}")
+
+
+def check_no_rule(rule: Any, family: str, why: str) -> None:
+    """Refuse an attention rule in a family without attention between all tokens."""
+    if rule is not None:
+        raise UserError(f"{family} takes no attention rule: {why}")
+
+
+def check_heads(width: int, heads: int) -> None:
+    """One sentence where a width cannot be cut into heads."""
+    if heads < 1 or width % heads:
+        raise UserError(f"width {width} is not a multiple of {heads} heads")
+
+
+def check_guidance(given: Tensor | None, default: float | None, like: Tensor, family: str) -> Tensor | None:
+    """The guidance scales [B] told to a guidance-distilled model; None for one that is not."""
+    if default is None:
+        if given is not None:
+            raise UserError(f"this {family} has no guidance input: leave Condition.extra['guidance'] out")
+        return None
+    if given is None:
+        return torch.full((len(like),), default, dtype=torch.float64, device=like.device)
+    if given.shape != like.shape[:1]:
+        raise UserError(f"guidance is one scale per image, [batch] = [{len(like)}]; got {list(given.shape)}")
+    return given.to(torch.float64)

@@ -71,11 +71,24 @@ class Surface:
         """Flat position at which block `index` starts (index L: the end)."""
         return self.flat[index] if index < self.blocks else len(self.flat_blocks)
 
+    def end(self, i: int, j: int) -> int:
+        """Flat position at which range(i, j) ends: before block j; before the transitions that lead there if only so
+        what leaves the range has the layout of what enters it."""
+        position, after_last = self.position(j), self.flat[j - 1] + 1
+        entering = self.layouts[self.flat[i]]
+        early = self.layouts[position] != entering and self.layouts[after_last] == entering
+        return after_last if early else position
+
     def sites(self, kind: str) -> tuple[Site, ...]:
         """Every in-block site of a kind: attn, mlp, cross, ...; empty if the family has none."""
+        return tuple(site for site in self.submodules if site.kind == kind)
+
+    @cached_property
+    def submodules(self) -> tuple[Site, ...]:
+        """Every in-block site: all attentions, feed-forwards and their like."""
         return tuple(
             Site(
-                kind,
+                KINDS.get(name, name),
                 "block",
                 block=index,
                 name=name,
@@ -86,7 +99,6 @@ class Surface:
             for index in range(self.blocks)
             for block in [self.block(index)]
             for name in block.sites
-            if KINDS.get(name, name) == kind
         )
 
     def require(self, kind: str, method: str) -> tuple[Site, ...]:
@@ -104,7 +116,7 @@ class Surface:
         if stage == "skip":
             return self.flat[index] in self.backbone.skips.values()
         if stage == "attend":
-            return "attn" in block.sites
+            return "attn" in block.sites and "attend" not in self.backbone.missing
         return stage in ("block_in", "block_out") or stage in block.stages or stage in block.sites
 
     def range(self, i: int, j: int) -> Site:
@@ -119,12 +131,12 @@ class Surface:
                 f"range({i},{j}) cannot be reused: the long skip from block {self._name(source)} to "
                 f"block {self._name(consumer)} crosses its border; range({a},{b}) is self-contained"
             )
-        cost = sum(self.block_totals[self.position(i) : self.position(j)])
+        cost = sum(self.block_totals[self.position(i) : self.end(i, j)])
         return block_range(i, j, cost, self.layout.streams)
 
     def _crossing(self, i: int, j: int) -> tuple[int, int] | None:
         """A long skip (consumer, source) with one end inside the range and one outside."""
-        inside = range(self.position(i), self.position(j))
+        inside = range(self.position(i), self.end(i, j))
         return next((skip for skip in self.backbone.skips.items() if (skip[0] in inside) != (skip[1] in inside)), None)
 
     def _nearest(self, i: int, j: int) -> tuple[int, int]:
@@ -137,7 +149,7 @@ class Surface:
         """Whether what leaves a range has the layout of what enters it (so that a change can be stored)."""
         assert site.span is not None
         i, j = site.span
-        return self.layouts[self.position(i)] == self.layouts[self.position(j)]
+        return self.layouts[self.position(i)] == self.layouts[self.end(i, j)]
 
     def branch(self, name: str) -> Site:
         """The site of a guidance branch."""
