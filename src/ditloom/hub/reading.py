@@ -21,6 +21,7 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 WEIGHTS = "diffusion_pytorch_model"
 NESTED = ("ema", "model", "state_dict", "module")
 WRAPPERS = ("module.", "_orig_mod.")
+AVERAGES = ("ema_denoiser.",)
 
 
 def read(path: Path) -> Foreign:
@@ -120,8 +121,10 @@ def _state_dict(held: Any, path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix that DDP or torch.compile puts before every name."""
-    for prefix in WRAPPERS:
+    """Without the prefix that DDP or torch.compile puts before every name; of a training module its average alone."""
+    for prefix in AVERAGES:
+        tensors = {name: value for name, value in tensors.items() if name.startswith(prefix)} or tensors
+    for prefix in (*AVERAGES, *WRAPPERS):
         if all(name.startswith(prefix) for name in tensors):
             return unwrapped({name.removeprefix(prefix): value for name, value in tensors.items()})
     return dict(tensors)

@@ -20,3 +20,10 @@ class AdaLN(nn.Module):
 
     def macs(self, groups: int) -> int:
         return cost.linear(self.linear, groups)
+
+
+class LinearAdaLN(AdaLN):
+    """linear(c): of a conditioning that has been through SiLU already."""
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(c).chunk(self.chunks, dim=-1)

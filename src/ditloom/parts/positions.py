@@ -98,3 +98,9 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     pairs = x.unflatten(-1, (-1, 2))
     turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
     return (x * cos + turned * sin).to(x.dtype)
+
+
+def interleaved(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A table [n, d] of two equal axes, one after the other, with their pairs taking turns: first, second, first."""
+    cos, sin = (t.unflatten(-1, (2, -1, 2)).transpose(-3, -2).flatten(-3) for t in table)
+    return cos, sin

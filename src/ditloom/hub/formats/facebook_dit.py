@@ -29,7 +29,7 @@ MODULATIONS = (
 REST = Move("{rest}", "{rest}")
 
 
-GROWN = ("skip_norms.",)  # beginnings of names that other families have besides those of DiT
+GROWN = ("skip_norms.", "s_embedder.")  # beginnings of names that other families have besides those of DiT
 MODERN = ("feat_rope.freqs_cos", ".norm1.weight", ".mlp.w12.weight", ".attn.q_norm.weight")
 
 

@@ -10,7 +10,15 @@ from ditloom.backbones import lightning_dit
 from ditloom.backbones.lightning_dit import LightningDiTConfig
 from ditloom.contracts.registry import register
 from ditloom.hub.format import Foreign, Format
-from ditloom.hub.formats.facebook_dit import MODULATIONS, POSITIONS, REST, has_adaln_blocks, is_modern, read_sizes
+from ditloom.hub.formats.facebook_dit import (
+    MODULATIONS,
+    POSITIONS,
+    REST,
+    has_adaln_blocks,
+    is_grown,
+    is_modern,
+    read_sizes,
+)
 from ditloom.hub.keymap import Derived, KeyMap, Move
 from ditloom.parts.positions import axial_axes, grid_positions, rotary
 
@@ -37,7 +45,7 @@ class LightningDiTStateDict(Format):
     )
 
     def recognises(self, foreign: Foreign) -> bool:
-        return has_adaln_blocks(foreign) and is_modern(foreign)
+        return has_adaln_blocks(foreign) and is_modern(foreign) and not is_grown(foreign)
 
     def config(self, foreign: Foreign) -> LightningDiTConfig:
         keys = foreign.tensors
