@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def load_foreign(
     if config is not None and config.family != chosen.family:
         raise UserError(f"{given.name} is a {chosen.family!r} checkpoint; the configuration is for {config.family!r}")
     config = config or chosen.config(given)
+    given = replace(given, tensors={k: v for k, v in given.tensors.items() if k not in chosen.unused})
     with torch.device("meta"):
         backbone = config.build()
     like = backbone.state_dict()

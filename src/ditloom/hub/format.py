@@ -43,12 +43,14 @@ class Foreign:
 class Format(ABC):
     """One foreign format: how it is known, what model it holds, and which tensor is which.
 
-    folder: a config.json beside the weights, as diffusers writes it; otherwise one file.
+    folder: a config.json beside the weights, as diffusers writes it; otherwise one file. unused: tensors that some
+    files hold and the network does not read.
     """
 
     family: ClassVar[str]
     keymap: ClassVar[KeyMap]
     folder: ClassVar[bool] = False
+    unused: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def recognises(self, foreign: Foreign) -> bool:

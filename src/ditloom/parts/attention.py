@@ -26,7 +26,7 @@ class Projections(nn.Module):
     """q, k, v of one stream with optional per-head norms and rotary embedding, and the output projection.
 
     `qk_norm`: None, "rms" or "layer" over the head dimension, "rms-full" over the whole width. `project_out=False` for
-    a stream whose attention output is dropped (the last text block of MMDiT). Tensors are [B, n, h, d], tokens on axis 1.
+    a stream whose attention output is dropped (the last text block of MMDiT). Tensors are [B, n, h, d], as are stages.
     """
 
     def __init__(

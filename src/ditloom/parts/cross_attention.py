@@ -7,6 +7,7 @@ and sharding see them. Otherwise `prepare` computes them for all blocks, and eac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ditloom.contracts.backbone import NOTHING
 from ditloom.contracts.errors import UserError
+from ditloom.contracts.layout import Layout
 from ditloom.contracts.streams import Context, Memory
 from ditloom.parts import cost
 from ditloom.parts.attention import kernel
@@ -96,6 +98,12 @@ def text_shared(memory: Memory) -> dict[str, Tensor]:
     mask = {} if memory.text_mask is None else {"text_mask": memory.text_mask[:, None, None].bool()}
     kept = {KEPT: memory.extra[KEPT]} if KEPT in memory.extra else {}
     return {"text": memory.text, **mask, **kept}
+
+
+def reading_text(layout: Layout, memory: Memory) -> Layout:
+    """The layout with the length of the text that blocks read."""
+    assert memory.text is not None
+    return replace(layout, reads=(*layout.reads, ("text", memory.text.shape[1])))
 
 
 def handed(layer: int | None, context: Context) -> Mapping[str, Any]:
