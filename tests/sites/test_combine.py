@@ -370,3 +370,16 @@ def test_the_symmetric_range_of_a_u_vit(name: str) -> None:
 
     torch.testing.assert_close(got, by_hand(model, step), atol=1e-6, rtol=1e-6)
     assert run.report.counts["range(1,4)", "reuse"] == 8
+
+
+def test_every_submodule_of_every_block() -> None:
+    surface = start(toys.make("mmdit-dual")).surface_of(toys.make("mmdit-dual").embed(*example())[0].layout)
+    labels = [site.label for site in surface.submodules]
+    assert labels[:4] == ["attn(0)", "attn2(0)", "mlp(0)", "mlp_text(0)"] and labels[-2:] == ["attn(3)", "mlp(3)"]
+    assert {site.kind for site in surface.submodules} == {"attn", "mlp"}
+    assert surface.sites("mlp") == tuple(s for s in surface.submodules if s.kind == "mlp")
+
+
+def example() -> tuple[Tensor, Tensor, Any]:
+    model = toys.make("mmdit-dual")
+    return toys.latent(), torch.zeros(2, dtype=torch.float64), model.prepare(toys.condition(model, 2))

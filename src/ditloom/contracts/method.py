@@ -188,12 +188,18 @@ class Assets:
         """Refuse use with another model, process, sampler, step count or guidance."""
         from ditloom.contracts.errors import UserError
 
-        for name, value in now.items():
-            if name in self.made_for and self.made_for[name] != value:
-                raise UserError(
-                    f"the assets of {method} were made for {name} {self.made_for[name]!r}, this run has {value!r}: "
-                    "calibrate again"
-                )
+        unlike = self.unlike(**now)
+        if unlike:
+            raise UserError(f"the calibration of {method} was made for {'; '.join(unlike)}: calibrate again")
+
+    def unlike(self, **now: Any) -> list[str]:
+        """What differs between what it was made for and now, each in a few words."""
+        known = {name: value for name, value in now.items() if name in self.made_for}
+        return [
+            f"{name} {self.made_for[name]} and this run has {value}"
+            for name, value in known.items()
+            if self.made_for[name] != value
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +214,61 @@ class Method:
     @abstractmethod
     def bind(self, surface: Surface, assets: Assets | None = None) -> Handler:
         """The handler for one model; raises `UserError` where the model lacks a site it needs."""
+
+    def sampling(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The sampling settings it changes (steps, sampler, ...), asked before a run; most change none."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned(Method):
+    """A method that reads what `ditloom calibrate` has learned of the same model: measured by a plain run, or trained.
+
+    calibration: a file to read in place of the one that is kept with the model.
+    """
+
+    calibration: str = ""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether these settings do nothing sensible without one."""
+        return True
+
+    @property
+    def tolerates(self) -> frozenset[str]:
+        """What a calibration may have been made for that this run is not, such as "steps"."""
+        return frozenset()
+
+    def learned(self, assets: Assets | None) -> Assets | None:
+        """The calibration: what is given, else the file that is named; refused when there is none and it is needed."""
+        if assets is None and self.calibration:
+            from ditloom.contracts.assets import read
+
+            assets = read(self.calibration)
+        if assets is None and self.needs_calibration:
+            from ditloom.contracts.errors import UserError
+
+            key = type(self).__registration__.name
+            raise UserError(
+                f"{key} needs a calibration of this model: make one with  ditloom calibrate --methods {key}  or name "
+                f"a file with  {key}:calibration=FILE"
+            )
+        return assets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated(Learned):
+    """A method that reads what a plain run of the same model showed."""
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, trace: Any) -> Mapping[str, Tensor]:
+        """The tensors to keep, from what plain runs showed."""
+
+    @classmethod
+    def advice(cls, trace: Any, fitted: Mapping[str, Tensor]) -> Sequence[str]:
+        """How to use what was fitted: methods as a user writes them, each followed by what it does."""
+        return ()
 
 
 def mean_change(now: Tensor, before: Tensor) -> Tensor:
