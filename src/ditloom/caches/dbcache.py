@@ -21,6 +21,7 @@ from ditloom.contracts.errors import UserError
 from ditloom.contracts.method import Assets, Handler, Method, Probe, Touch, mean_change
 from ditloom.contracts.plan import Action
 from ditloom.contracts.registry import register
+from ditloom.contracts.site import Site
 from ditloom.sites.surface import Surface
 
 
@@ -70,18 +71,21 @@ class FirstBlocks(Deciding):
         most: float = 0.0,
         channels: int = 1,
     ):
-        super().__init__(guards, (first, surface.blocks - last), threshold, predictor(forecast))
-        self.most, self.channels = most, channels
-        self.looks = (Probe("residual", span=(0, first)),)
+        span = (first, surface.blocks - last)
+        super().__init__(guards, [span], threshold, predictor(forecast))
+        self.first, self.most, self.channels = first, most, channels
         if first + last >= surface.blocks:
             raise UserError(
                 f"{self.key} always computes the first {first} and the last {last} blocks, and this model has "
                 f"{surface.blocks}: nothing would be left to reuse"
             )
-        surface.range(*self.span)
+        surface.range(*span)
+
+    def probes(self, site: Site) -> Sequence[Probe]:
+        return (Probe("residual", span=(0, self.first)),)
 
     def verdict(self, clock: Clock, memo: Mapping[str, Any]) -> Action | None:
-        full = self.most and sum(d for d, _ in memo.get("measured", ())) >= self.most
+        full = self.most and sum(d.difference for d in memo.get("measured", ())) >= self.most
         return super().verdict(clock, memo) or (Action.COMPUTE if full else None)
 
     def difference(self, probes: Mapping[Probe, Tensor], clock: Clock, memo: dict[str, Any]) -> float:

@@ -1,10 +1,10 @@
-"""Caches that decide on every step whether the change of a range of blocks is reused or computed afresh."""
+"""Caches that decide on every step whether the changes of some ranges of blocks are reused or computed afresh."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,18 +17,24 @@ from ditloom.sites.codecs import DELTA, HOLD
 from ditloom.sites.surface import Surface
 
 
-class Deciding(Handler):
-    """One decision a step, for the range of blocks `span`; a rule says what is looked at and what is alike.
+class Decision(NamedTuple):
+    """One difference that was measured, and what came of it."""
 
-    looks: what a decision sees. threshold: below it a difference is small; told with the differences that were
-    measured when a whole run fell on one side of it.
+    step: int
+    difference: float
+    action: Action
+
+
+class Deciding(Handler):
+    """One decision a step for each of the ranges `spans`; a rule says what is looked at and what is alike.
+
+    threshold: below it a difference is small; told with the differences that were measured when a whole run fell on
+    one side of it. Every range has notes of its own.
     """
 
-    looks: tuple[Probe, ...] = ()
-
-    def __init__(self, guards: Guards, span: tuple[int, int], threshold: float, predictor: Predictor = HOLD):
+    def __init__(self, guards: Guards, spans: Sequence[tuple[int, int]], threshold: float, predictor: Predictor = HOLD):
         self.key = type(guards).__registration__.name
-        self.guards, self.span, self.threshold, self.predictor = guards, span, threshold, predictor
+        self.guards, self.spans, self.threshold, self.predictor = guards, spans, threshold, predictor
 
     @abstractmethod
     def difference(self, probes: Mapping[Probe, Tensor], clock: Clock, memo: dict[str, Any]) -> float:
@@ -38,49 +44,53 @@ class Deciding(Handler):
         """What guards decide, or None."""
         return self.guards.verdict(clock, memo)
 
+    def limit(self, clock: Clock, memo: Mapping[str, Any]) -> float:
+        """The threshold of this step, from the notes of all ranges."""
+        return self.threshold
+
     def learn(self, probes: Mapping[Probe, Tensor], action: Action, memo: dict[str, Any]) -> None:
         """Note what the next decision compares with; called on every step."""
 
     def controls(self, surface: Surface) -> Sequence[Control]:
-        return [Control(surface.range(*self.span), DELTA, self.predictor)]
+        return [Control(surface.range(*span), DELTA, self.predictor) for span in self.spans]
 
     def plan(self, schedule: Schedule, surface: Surface) -> Steps:
         """Deferred up to the last step that may be reused: what is computed before it must be looked at.
 
         Threshold 0 is off and costs nothing.
         """
-        allowed, site = self.guards.allowed(schedule), surface.range(*self.span)
+        allowed, sites = self.guards.allowed(schedule), [surface.range(*span) for span in self.spans]
         if self.threshold <= 0:
             return [{} for _ in range(schedule.steps)]
-        return [{site: Action.DEFER} if any(allowed[s:]) else {} for s in range(schedule.steps)]
-
-    def probes(self, site: Site) -> Sequence[Probe]:
-        return self.looks
+        return [dict.fromkeys(sites, Action.DEFER) if any(allowed[s:]) else {} for s in range(schedule.steps)]
 
     def decide(
         self, site: Site, probes: Mapping[Probe, Tensor], clock: Clock, ready: bool, memo: dict[str, Any]
     ) -> Action:
-        action = self.verdict(clock, memo) if ready else Action.COMPUTE
+        notes = memo.setdefault(site.label, {})
+        action = self.verdict(clock, notes) if ready else Action.COMPUTE
         if action is None:
-            difference = self.difference(probes, clock, memo)
-            action = Action.REUSE if difference < self.threshold else Action.COMPUTE
-            memo.setdefault("measured", []).append((difference, action))
-        self.learn(probes, action, memo)
-        self.guards.count(action, memo)
+            difference = self.difference(probes, clock, notes)
+            action = Action.REUSE if difference < self.limit(clock, memo) else Action.COMPUTE
+            notes.setdefault("measured", []).append(Decision(clock.step, difference, action))
+        self.learn(probes, action, notes)
+        self.guards.count(action, notes)
         return action
 
     def remarks(self, memo: dict[str, Any]) -> Sequence[str]:
-        if self.threshold > 0 and not memo.get("measured") and not memo.get("in_all"):
+        measured = [one for notes in memo.values() for one in notes.get("measured", ())]
+        if self.threshold > 0 and not measured and not any(notes["in_all"] for notes in memo.values()):
             return [f"{self.key} computed every step: its guards left it nothing to decide"]
-        return one_sided(self.key, self.threshold, memo.get("measured", ()))
+        return one_sided(self.key, self.threshold, measured)
 
 
-def one_sided(key: str, threshold: float, measured: Sequence[tuple[float, Action]]) -> list[str]:
+def one_sided(key: str, threshold: float, measured: Sequence[Decision]) -> list[str]:
     """A sentence where every decision of a run came out the same, with the range of what was measured."""
-    found = {action for _, action in measured}
+    found = {decision.action for decision in measured}
     if len(found) != 1:
         return []
-    least, most = min(d for d, _ in measured), max(d for d, _ in measured)
+    differences = [decision.difference for decision in measured]
+    least, most = min(differences), max(differences)
     span = f"the differences it measured lay in {least:.3g} to {most:.3g}"
     if Action.REUSE in found:
         return [f"{key} reused whenever it could: threshold {threshold:g} is above every difference; {span}"]

@@ -262,12 +262,12 @@ class Calibrated(Learned):
 
     @classmethod
     @abstractmethod
-    def fit(cls, trace: Any) -> Mapping[str, Tensor]:
-        """The tensors to keep, from what plain runs showed."""
+    def from_trace(cls, trace: Any) -> Mapping[str, Tensor]:
+        """The tensors to keep, from what plain runs showed; none where they showed too little."""
 
     @classmethod
-    def advice(cls, trace: Any, fitted: Mapping[str, Tensor]) -> Sequence[str]:
-        """How to use what was fitted: methods as a user writes them, each followed by what it does."""
+    def advice(cls, trace: Any, fitted: Mapping[str, Tensor]) -> Sequence[tuple[str, str]]:
+        """How to use what was fitted: methods as a user writes them, and what each does."""
         return ()
 
 
