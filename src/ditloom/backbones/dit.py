@@ -17,6 +17,8 @@ from ditloom.contracts.registry import register
 from ditloom.contracts.streams import Context, Memory, Streams
 from ditloom.contracts.time import DISCRETE_1000, TimeInput
 from ditloom.parts import attention, cost
+from ditloom.parts.attention import SelfAttention
+from ditloom.parts.attention_kinds import self_attention
 from ditloom.parts.checks import check_rows
 from ditloom.parts.embedders import LabelEmbedding, TimeEmbedding
 from ditloom.parts.feed_forward import MLP, SwiGLU
@@ -32,6 +34,7 @@ from ditloom.sites.visit import take_rows, visit
 class DiTConfig(BackboneConfig):
     """Settings of a DiT. `classes=0`: unconditional. `image_size` is the native latent size; any other works too.
 
+    `attention`: a kind of self-attention by name: softmax, diff or dint.
     `null_class` adds the row that label dropout uses. `learn_sigma` doubles the outputs: prediction, then variance.
     `frequency_shift` and `norm2_eps` are what diffusers' port does otherwise: 1, and 1e-5.
     """
@@ -50,6 +53,7 @@ class DiTConfig(BackboneConfig):
     null_class: bool = True
     learn_sigma: bool = True
     mlp_ratio: float = 4.0
+    attention: str = "softmax"
     frequency_shift: int = 0
     norm2_eps: float = 1e-6
     time: TimeInput = DISCRETE_1000
@@ -67,7 +71,7 @@ class DiTBlock(Block):
     """x += g1 Attn(mod(LN x)); x += g2 MLP(mod(LN x)); shifts, scales and gates from c by adaLN-Zero."""
 
     sites = ("attn", "mlp")
-    stages = ("modulated_in", *attention.STAGES, "ff_hidden")
+    stages: tuple[str, ...] = ("modulated_in", *attention.STAGES, "ff_hidden")
     row_sites = ("mlp",)
 
     def __init__(
@@ -79,13 +83,14 @@ class DiTBlock(Block):
         norms: tuple[nn.Module, nn.Module] | None = None,
         mlp: MLP | SwiGLU | None = None,
         modulation: AdaLN | None = None,
-        attn: attention.SelfAttention | None = None,
+        attn: SelfAttention | None = None,
     ):
         super().__init__()
         self.norm1, self.norm2 = norms or (LayerNorm(width), LayerNorm(width))
-        self.attn = attn or attention.SelfAttention(width, heads, qk_norm=qk_norm)
+        self.attn = attn or SelfAttention(width, heads, qk_norm=qk_norm)
         self.mlp = mlp or MLP(width, int(width * mlp_ratio))
         self.modulation = modulation or AdaLN(width, 6)
+        self.stages = ("modulated_in", *self.attn.stages, "ff_hidden")
 
     def forward(
         self, streams: Streams, context: Context, plan: BlockPlan | None = None, given: Mapping[str, Any] = NOTHING
@@ -157,7 +162,11 @@ class DiT(Backbone):
         """Block `layer` of 0..depth - 1."""
         c = self.preset
         norms = (LayerNorm(c.width), LayerNorm(c.width, eps=c.norm2_eps))
-        return DiTBlock(c.width, c.heads, c.mlp_ratio, norms=norms)
+        return DiTBlock(c.width, c.heads, c.mlp_ratio, norms=norms, attn=self.make_attention(layer))
+
+    def make_attention(self, layer: int, **more: Any) -> SelfAttention:
+        c = self.preset
+        return self_attention(c.attention, c.width, c.heads, layer, **more)
 
     def make_head(self) -> Head:
         return Head(self.preset.width, self.preset.patch, self.preset.out_channels)

@@ -93,10 +93,10 @@ class LightningDiT(DiT):
         return DiTBlock(
             c.width,
             c.heads,
-            qk_norm=c.head_norm,
             norms=(norm(c.norm, c.width), norm(c.norm, c.width)),
             mlp=SwiGLU(c.width, int(2 / 3 * hidden)) if c.swiglu else MLP(c.width, hidden),
             modulation=AdaLN(c.width, 6) if c.shift else ShiftlessAdaLN(c.width),
+            attn=self.make_attention(layer, qk_norm=c.head_norm),
         )
 
     def make_head(self) -> Head:

@@ -88,7 +88,7 @@ class SkipDiT(DiT):
             return super().make_block(layer)
         merge = ResidualSkipMerge(c.width) if c.residual else SkipMerge(c.width)
         norms = (LayerNorm(c.width), LayerNorm(c.width, eps=c.norm2_eps))
-        return SkipDiTBlock(c.width, c.heads, c.mlp_ratio, merge, norms=norms)
+        return SkipDiTBlock(c.width, c.heads, c.mlp_ratio, merge, norms=norms, attn=self.make_attention(layer))
 
     def initialise(self) -> None:
         """As DiT, except that the merges keep torch's defaults (they are made after the initialiser, as published)."""

@@ -23,6 +23,7 @@ from ditloom.contracts.registry import register
 from ditloom.contracts.streams import Context, Memory, Streams
 from ditloom.contracts.time import FLOW_1000, TimeInput
 from ditloom.parts import attention, cost
+from ditloom.parts.attention_kinds import self_attention
 from ditloom.parts.checks import check_rows, check_text
 from ditloom.parts.embedders import LabelEmbedding, sinusoid
 from ditloom.parts.feed_forward import MLP
@@ -41,6 +42,7 @@ class UViTConfig(BackboneConfig):
 
     Conditional on a class (`classes`, with `null_class` one more row), on text (`text_width`, at most `text_tokens`
     tokens), or on neither. `image_size` is fixed, as positions are learned. `convolution`: a final 3x3 convolution.
+    `attention`: a kind of self-attention by name: softmax, diff or dint.
     """
 
     family: ClassVar[str] = "u-vit"
@@ -65,6 +67,7 @@ class UViTConfig(BackboneConfig):
     text_tokens: int = 77
     mlp_ratio: float = 4.0
     qkv_bias: bool = False
+    attention: str = "softmax"
     time_mlp: bool = False
     convolution: bool = True
     time: TimeInput = FLOW_1000
@@ -91,14 +94,22 @@ class UViTBlock(Block):
     """x += Attn(LN x); x += MLP(LN x): plain residuals, no gates, no modulation."""
 
     sites = ("attn", "mlp")
-    stages = ("modulated_in", *attention.STAGES, "ff_hidden")
+    stages: tuple[str, ...] = ("modulated_in", *attention.STAGES, "ff_hidden")
     row_sites = ("mlp",)
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = False):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        attn: attention.SelfAttention | None = None,
+    ):
         super().__init__()
         self.norm1, self.norm2 = LayerNorm(width, True, 1e-5), LayerNorm(width, True, 1e-5)
-        self.attn = attention.SelfAttention(width, heads, qkv_bias)
+        self.attn = attn or attention.SelfAttention(width, heads, qkv_bias)
         self.mlp = MLP(width, int(width * mlp_ratio), exact=True)
+        self.stages = ("modulated_in", *self.attn.stages, "ff_hidden")
 
     def forward(
         self, streams: Streams, context: Context, plan: BlockPlan | None = None, given: Mapping[str, Any] = NOTHING
@@ -129,8 +140,8 @@ class UViTBlock(Block):
 class UViTSkipBlock(UViTBlock):
     """The same after x = linear([x, skip]), with the skip in given["skip"]; no norm on the concatenation."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = False):
-        super().__init__(width, heads, mlp_ratio, qkv_bias)
+    def __init__(self, width: int, heads: int, *parts: Any):
+        super().__init__(width, heads, *parts)
         self.skip_linear = nn.Linear(2 * width, width)
 
     def enter(self, x: Tensor, given: Mapping[str, Any]) -> Tensor:
@@ -162,21 +173,25 @@ class UViT(Backbone):
         super().__init__()
         self.preset = config
         width, half = config.width, config.depth // 2
-        parts = (width, config.heads, config.mlp_ratio, config.qkv_bias)
         grid = config.image_size // config.patch
         self.x_embedder = PatchEmbed(config.patch, config.channels, width)
         self.t_embedder = _time_mlp(width) if config.time_mlp else nn.Identity()
         self.y_embedder = LabelEmbedding(config.classes, width, config.null_class) if config.classes else None
         self.text_embedder = nn.Linear(config.text_width, width) if config.text_width else None
         self.pos_embed = nn.Parameter(torch.zeros(1, sum(s.length for s in config.prefix) + grid**2, width))
-        first, second = (UViTBlock(*parts) for _ in range(half + 1)), (UViTSkipBlock(*parts) for _ in range(half))
-        self.blocks = nn.ModuleList([*first, *second])
+        self.blocks = nn.ModuleList(self.make_block(layer) for layer in range(config.depth + 1))
         self.skips = {half + 1 + j: half - 1 - j for j in range(half)}
         self.norm = LayerNorm(width, True, 1e-5)
         self.linear = nn.Linear(width, config.patch**2 * config.channels)
         convolution = nn.Conv2d(config.channels, config.channels, 3, padding=1)
         self.final_layer = convolution if config.convolution else nn.Identity()
         self.initialise()
+
+    def make_block(self, layer: int) -> UViTBlock:
+        c = self.preset
+        kind = UViTBlock if layer <= c.depth // 2 else UViTSkipBlock
+        attn = self_attention(c.attention, c.width, c.heads, layer, qkv_bias=c.qkv_bias)
+        return kind(c.width, c.heads, c.mlp_ratio, c.qkv_bias, attn)
 
     def initialise(self) -> None:
         """As published: linears and positions truncated normal 0.02, biases zero. The output does not start at 0."""

@@ -59,7 +59,7 @@ class Block(nn.Module):
     """
 
     sites: ClassVar[tuple[str, ...]] = ()
-    stages: ClassVar[tuple[str, ...]] = ()
+    stages: tuple[str, ...] = ()
     boundaries: ClassVar[Mapping[str, str]] = {}
     row_sites: ClassVar[tuple[str, ...]] = ()
     is_transition: ClassVar[bool] = False
@@ -88,9 +88,13 @@ class Block(nn.Module):
 
 
 class Transition(Block):
-    """Glue between blocks (pool, upsample, concatenate): may change the layout; not counted in L, never reused."""
+    """Glue between blocks (pool, upsample, concatenate): may change the layout; not counted in L, never reused.
+
+    rearranges: it only deals tokens to other streams, so that a range of blocks may end before it as well as after.
+    """
 
     is_transition = True
+    rearranges: ClassVar[bool] = False
 
     def macs(self, layout: Layout) -> dict[str, int]:
         return {"rest": 0}

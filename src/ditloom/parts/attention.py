@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,9 @@ class Projections(nn.Module):
 
 
 class SelfAttention(Projections):
-    """Softmax attention among all tokens of one stream: projections, kernel, output. The kind "softmax" of KINDS."""
+    """Softmax attention among all tokens of one stream: projections, kernel, output. Other kinds are subclasses."""
+
+    stages: ClassVar[tuple[str, ...]] = STAGES
 
     def forward(self, x: Tensor, layout: Layout, context: Context, at: Visit | BareVisit = BARE) -> Tensor:
         """x [B, n, D], normed and modulated, to the attention's output [B, n, D] under the context's rule."""
@@ -89,7 +91,19 @@ def attend(
     """
     if at.wants("logits"):
         at.keep("logits", logits(q, k))
-    extra = at.extra_keys
+    return ruled(q, k, v, layout, rule, gates, at.extra_keys)
+
+
+def ruled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    rule: Settled | Rule | None = None,
+    gates: Gates | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`attend` without its stages: `extra` keys and values are appended; v may have another head size than q and k."""
     if rule is None:
         return kernel(q, *_append(k, v, extra)).flatten(2)
     gates = gates or {}
@@ -112,7 +126,7 @@ def _planned(q: Tensor, k: Tensor, v: Tensor, n: int, plan: Plan, gates: Gates, 
         keys, values = _append(k, v, extra)
         mask = F.pad(gates[f"mask.{n}"], (0, keys.shape[1] - k.shape[1]), value=True)
         return kernel(q, keys, values, mask[:, None]).flatten(2)
-    out = torch.empty_like(q)
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
     for g in range(plan.groups):
         at_q, at_k = gates[f"queries.{n}.{g}"], gates[f"keys.{n}.{g}"]
         out = out.index_copy(1, at_q, kernel(q[:, at_q], *_append(k[:, at_k], v[:, at_k], extra)))

@@ -63,7 +63,7 @@ class DiffusersDiT(Format):
         )
 
     def settings(self, config: DiTConfig) -> dict[str, Any]:
-        refuse_unless(config, "diffusers' DiTTransformer2DModel", null_class=True, mlp_ratio=4.0)
+        refuse_unless(config, "diffusers' DiTTransformer2DModel", null_class=True, mlp_ratio=4.0, attention="softmax")
         if config.frequency_shift != 1:
             warnings.warn(
                 "diffusers' DiT spaces its time frequencies differently (by half - 1): it will not compute exactly "

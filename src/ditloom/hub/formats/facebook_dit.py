@@ -10,7 +10,7 @@ from torch import Tensor
 from ditloom.backbones import dit
 from ditloom.backbones.dit import DiTConfig
 from ditloom.contracts.registry import register
-from ditloom.hub.format import Foreign, Format, known_heads, split_null, square_side
+from ditloom.hub.format import Foreign, Format, known_heads, refuse_unless, split_null, square_side
 from ditloom.hub.keymap import Derived, KeyMap, Move
 from ditloom.parts.positions import grid_positions, sincos_at
 
@@ -85,3 +85,7 @@ class FacebookDiT(Format):
         sizes = read_sizes(foreign, dit.PRESETS, "DiT")
         ratio = foreign.shape("blocks.0.mlp.fc1.weight")[0] / sizes["width"]
         return DiTConfig(**sizes, mlp_ratio=ratio)
+
+    def settings(self, config: Any) -> dict[str, Any]:
+        refuse_unless(config, "facebook-dit", attention="softmax")
+        return {}

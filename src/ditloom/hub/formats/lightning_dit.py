@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ditloom.backbones import lightning_dit
 from ditloom.backbones.lightning_dit import LightningDiTConfig
 from ditloom.contracts.registry import register
-from ditloom.hub.format import Foreign, Format
+from ditloom.hub.format import Foreign, Format, refuse_unless
 from ditloom.hub.formats.facebook_dit import (
     MODULATIONS,
     POSITIONS,
@@ -61,6 +61,10 @@ class LightningDiTStateDict(Format):
             qk_norm="blocks.0.attn.q_norm.weight" in keys,
             shift=foreign.shape("blocks.0.adaLN_modulation.1.weight")[0] == 6 * width,
         )
+
+    def settings(self, config: Any) -> dict[str, Any]:
+        refuse_unless(config, "lightning-dit", attention="softmax")
+        return {}
 
 
 def _heads(foreign: Foreign) -> int | None:

@@ -38,5 +38,5 @@ class SkipDiTStateDict(Format):
         return SkipDiTConfig(**sizes, mlp_ratio=foreign.shape("blocks.0.mlp.fc1.weight")[0] / sizes["width"])
 
     def settings(self, config: Any) -> dict[str, Any]:
-        refuse_unless(config, "skip-dit", residual=False)
+        refuse_unless(config, "skip-dit", residual=False, attention="softmax")
         return {}

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from ditloom.backbones import u_vit
 from ditloom.backbones.u_vit import UViTConfig
 from ditloom.contracts.registry import register
-from ditloom.hub.format import Foreign, Format, known_heads, split_null, square_side
+from ditloom.hub.format import Foreign, Format, known_heads, refuse_unless, split_null, square_side
 from ditloom.hub.keymap import KeyMap, Move
 
 CLIP_TOKENS = 77
@@ -65,3 +65,7 @@ class UViTStateDict(Format):
             time_mlp="time_embed.0.weight" in keys,
             convolution="final_layer.weight" in keys,
         )
+
+    def settings(self, config: Any) -> dict[str, Any]:
+        refuse_unless(config, "u-vit", attention="softmax")
+        return {}
