@@ -1,0 +1,83 @@
+"""Which tokens of a block are computed afresh: scores of their importance, their age, and how they are spread."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ditloom.contracts.layout import Layout
+from ditloom.contracts.method import Tap
+
+
+@dataclass(frozen=True)
+class Look(Tap):
+    """A capture that knows where the image stream lies.
+
+    joint: its place in the joint sequence of all streams; image: the image segment's place in the stream; grid: its
+    rows and columns of tokens, after any frames.
+    """
+
+    joint: tuple[int, int] = (0, 0)
+    image: tuple[int, int] = (0, 0)
+    grid: tuple[int, ...] = ()
+
+
+def look(stage: str, block: int, layout: Layout, branch: str) -> Look:
+    """A capture of a stage of one block, of one branch."""
+    joint, image = layout.stream_slice("image"), layout.slice("image")
+    places = (joint.start, joint.stop), (image.start, image.stop)
+    return Look(stage, block, branches=(branch,), joint=places[0], image=places[1], grid=layout.grid)
+
+
+class Score(ABC):
+    """How much every token of the image stream matters [B, n], from what a stage gives at a computed step."""
+
+    stage: ClassVar[str]
+
+    @abstractmethod
+    def __call__(self, value: Tensor, at: Look) -> Tensor:
+        """The score of every token."""
+
+
+class Attention(Score):
+    """The attention that a token receives, averaged over heads and summed over queries (ToCa, s1).
+
+    Among the tokens of the image stream. The logits are a product of their own, which fused attention does not give.
+    """
+
+    stage = "logits"
+
+    def __call__(self, value: Tensor, at: Look) -> Tensor:
+        among = slice(*at.joint)
+        received = value[:, :, among, among].float().softmax(-1).mean(1).sum(1)
+        return F.normalize(received, dim=1)
+
+
+class SmallValues(Score):
+    """Tokens whose values are small, summed over heads: what DuCa takes where there is no attention map."""
+
+    stage = "v_proj"
+
+    def __call__(self, value: Tensor, at: Look) -> Tensor:
+        return F.normalize((1 - value.float().norm(dim=-1)).sum(-1), dim=1)
+
+
+SCORES: Mapping[str, type[Score] | None] = {"attention": Attention, "small-values": SmallValues, "age": None}
+"""By name; with "age" all tokens matter alike, and how long ago they were computed decides."""
+
+
+def spread(score: Tensor, at: Look, bonus: float) -> Tensor:
+    """The score [B, n] with the best token of every 2 x 2 window raised by `bonus` times itself (ToCa, s4)."""
+    if len(at.grid) < 2:
+        return score
+    start, stop = at.image
+    image = score[:, start:stop].reshape(-1, 1, *at.grid[-2:])
+    best, index = F.max_pool2d(image, 2, ceil_mode=True, return_indices=True)
+    raised = image.flatten(1).scatter_add(1, index.flatten(1), bonus * best.flatten(1))
+    return torch.cat([score[:, :start], raised.reshape(len(score), -1), score[:, stop:]], dim=1)
