@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ditloom.calibration import Circumstances, find
 from ditloom.contracts.backbone import Backbone, BackboneConfig
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.conditioner import Conditioner
 from ditloom.contracts.errors import UnknownName, UserError
 from ditloom.contracts.latent import LatentSpace
-from ditloom.contracts.method import Handler, Method
+from ditloom.contracts.method import Assets, Calibrated, Handler, Method
 from ditloom.contracts.process import Process
 from ditloom.contracts.registries import BACKBONES, CONDITIONERS, GUIDANCE, LATENTS, METHODS, PROCESSES, SAMPLERS
 from ditloom.contracts.sampler import Step
@@ -68,6 +69,7 @@ class Model:
     """A trained Diffusion Transformer with everything around it.
 
     sampling: defaults for `generate` (sampler, steps, guidance, size). info: provenance (name, licence, recipe, data).
+    folder: where it was loaded from, and its calibrations are kept.
     """
 
     backbone: Backbone
@@ -77,6 +79,7 @@ class Model:
     sampling: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     attached: list[str | Method | Handler] = field(default_factory=list)
+    folder: Path | None = None
 
     def generate(
         self,
@@ -159,14 +162,14 @@ class Model:
         guidance = registered(GUIDANCE, settings["guidance"])
         sampler = registered(SAMPLERS, settings["sampler"])
         shape = self.latent_shape(settings.get("size"))
-        conditions = self._conditions(inputs, negative, guidance.needs)
+        conditions = self.conditions(inputs, negative, guidance.needs)
         drawing = Drawing(
             self.backbone,
             self.process,
             sampler,
             guidance,
             conditions,
-            self.handlers(using, shape),
+            self.handlers(using, shape, settings),
             seed=int(settings.get("seed", 0)),
             indices=list(indices),
             batched=batched,
@@ -178,14 +181,22 @@ class Model:
         native = getattr(self.backbone.preset, "image_size", 32) * self.latents.factor
         return self.latents.shape(size or self.sampling.get("size") or native)
 
-    def handlers(self, using: Using, shape: tuple[int, ...]) -> list[Handler]:
-        """What is attached and what is asked for, bound to this model, but for what acts nowhere."""
+    def handlers(
+        self, using: Using, shape: tuple[int, ...], settings: Mapping[str, Any] | None = None
+    ) -> list[Handler]:
+        """What is attached and what is asked for, bound to this model, but for what acts nowhere.
+
+        settings: those of the run, by which calibrations are found; the model's own by default.
+        """
         wanted = self._methods(using)
         if not wanted:
             return []
         surface = self.surface(shape)
-        bound = [m if isinstance(m, Handler) else m.bind(surface) for m in wanted]
+        bound = [m if isinstance(m, Handler) else m.bind(surface, self._assets(m, shape, settings)) for m in wanted]
         return [handler for handler in bound if type(handler) is not Handler]
+
+    def _assets(self, method: Method, shape: tuple[int, ...], settings: Mapping[str, Any] | None) -> Assets | None:
+        return find(method, Circumstances.of(self, shape, settings)) if isinstance(method, Calibrated) else None
 
     def surface(self, shape: tuple[int, ...] | None = None) -> Surface:
         """The sites of this model at a latent size."""
@@ -206,7 +217,8 @@ class Model:
         arrays = [p.permute(1, 2, 0).numpy() for p in pixels]
         return [Image.fromarray(a.squeeze(-1) if a.shape[-1] == 1 else a) for a in arrays]
 
-    def _conditions(self, inputs: Sequence[Input], negative: Input, branches: Sequence[str]) -> dict[str, Condition]:
+    def conditions(self, inputs: Sequence[Input], negative: Input, branches: Sequence[str]) -> dict[str, Condition]:
+        """One condition per branch: what is asked for, and what guidance leads away from."""
         device, dtype = self.backbone.device, self.backbone.dtype
         cond = self.conditioner.encode(list(inputs)).to(device, dtype)
         made = {"cond": cond}
@@ -289,6 +301,7 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: str = 
     with torch.random.fork_rng(devices=[]):
         model = assemble(config)
     _load_weights(model, folder)
+    model.folder = folder
     model.backbone.eval().requires_grad_(False)
     return model.to(device, dtype)
 
