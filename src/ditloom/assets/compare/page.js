@@ -36,6 +36,7 @@
   const digits = (key) => ({ speedup: 2, seconds: 0, share_saved: 0, psnr: 1, accuracy: 0, frechet: 1 })[key] ?? 3;
   const shown = (row, key) => {
     const found = value(row, key), column = columns.get(key);
+    if (found !== null && found === column.equal) return "equal";
     return found == null ? "\u2013" : (found * column.scale).toFixed(digits(key)) + column.unit;
   };
   const pixelated = (box) => {
@@ -53,7 +54,8 @@
   });
 
   /* ---- scatter ---- */
-  const W = 1000, H = 470, M = { left: 66, right: 26, top: 22, bottom: 50 };
+  const M = { left: 62, right: 20, top: 22, bottom: 50 };
+  let W = 1000, H = 470;
   const axes = (which) => data.columns.filter((c) => c.axis === which && ran.some((row) => value(row, c.key) != null));
   const chosen = { x: $("#axis-x"), y: $("#axis-y") };
   for (const [which, select] of Object.entries(chosen)) {
@@ -86,6 +88,8 @@
   function scatter() {
     const kx = columns.get(chosen.x.value), ky = columns.get(chosen.y.value);
     if (!kx || !ky) { $("#scatter").innerHTML = '<p class="hint" style="padding:20px">Nothing could be plotted.</p>'; return; }
+    W = Math.max(320, $("#scatter").clientWidth || 1000);
+    H = Math.round(Math.max(340, Math.min(480, W * 0.8)));
     const cap = ky.key === "psnr" ? 99.5 : Infinity;
     const points = ran.map((row) => ({ row, x: value(row, kx.key), y: value(row, ky.key) }))
       .filter((p) => p.x != null && p.y != null);
@@ -95,17 +99,20 @@
     const [x0, x1] = domain(points, "x", kx.higher), [y0, y1] = domain(points, "drawn", ky.higher);
     const px = (v) => M.left + ((v - x0) / (x1 - x0)) * (W - M.left - M.right);
     const py = (v) => H - M.bottom - ((v - y0) / (y1 - y0)) * (H - M.top - M.bottom);
-    const parts = [];
+    const parts = [], beds = [];
     if (ky.key === "psnr") {
       data.tiers.forEach((tier, i) => {
         const above = i ? data.tiers[i - 1].floor : Infinity;
         const a = Math.max(M.top, py(Math.min(above, y1))), b = Math.min(H - M.bottom, py(Math.max(tier.floor, y0)));
         if (b - a < 14) return;
         if (i % 2 === 0) parts.push(`<rect class="tier" x="${M.left}" y="${a}" width="${W - M.left - M.right}" height="${b - a}"/>`);
+        if (W < 600) return;
+        const wide = tier.words.length * 6.6;
+        beds.push({ x: W - M.right - 6 - wide, y: a + 3, w: wide, h: 15 });
         parts.push(`<text x="${W - M.right - 6}" y="${a + 15}" text-anchor="end" opacity=".75">${safe(tier.words)}</text>`);
       });
     }
-    for (const t of nice(Math.min(x0, x1), Math.max(x0, x1))) {
+    for (const t of nice(Math.min(x0, x1), Math.max(x0, x1), W < 600 ? 3 : 6)) {
       parts.push(`<line class="grid" x1="${px(t)}" x2="${px(t)}" y1="${M.top}" y2="${H - M.bottom}" opacity=".6"/>`);
       parts.push(`<text x="${px(t)}" y="${H - M.bottom + 20}" text-anchor="middle">${t}${safe(kx.unit)}</text>`);
     }
@@ -119,13 +126,13 @@
     if (control.length > 1) parts.push(`<polyline class="steps" points="${control.map((p) => `${px(p.x)},${py(p.drawn)}`).join(" ")}"/>`);
     const best = front(points, kx, ky), onFront = new Set(best.map((p) => p.row.name));
     if (best.length > 1) parts.push(`<polyline class="front" points="${best.map((p) => `${px(p.x)},${py(p.drawn)}`).join(" ")}"/>`);
-    const taken = points.map((p) => ({ x: px(p.x) - 7, y: py(p.drawn) - 7, w: 14, h: 14 }));
+    const taken = points.map((p) => ({ x: px(p.x) - 7, y: py(p.drawn) - 7, w: 14, h: 14 })).concat(beds);
     const labels = [];
     const picked = new Set(Object.values(data.advice));
     const order = [...points].sort((a, b) => picked.has(b.row.name) - picked.has(a.row.name) || onFront.has(b.row.name) - onFront.has(a.row.name));
     for (const p of order) {
       if (isControl(p.row)) continue;
-      const text = p.row.name.length > 34 ? p.row.name.slice(0, 33) + "\u2026" : p.row.name, w = text.length * 7.1, x = px(p.x), y = py(p.drawn);
+      const most = W < 600 ? 20 : 34, text = p.row.name.length > most ? p.row.name.slice(0, most - 1) + "\u2026" : p.row.name, w = text.length * 7.1, x = px(p.x), y = py(p.drawn);
       const spots = [[x + 11, y + 4, "start"], [x - 11, y + 4, "end"], [x, y - 13, "middle"], [x, y + 22, "middle"], [x + 9, y - 10, "start"], [x + 9, y + 18, "start"], [x - 9, y - 10, "end"], [x - 9, y + 18, "end"]];
       for (const [lx, ly, anchor] of spots) {
         const left = anchor === "start" ? lx : anchor === "end" ? lx - w : lx - w / 2;
@@ -348,5 +355,11 @@
   });
 
   scatter();
+  let last = W;
+  new ResizeObserver(() => {
+    if (Math.abs($("#scatter").clientWidth - last) < 2) return;
+    last = $("#scatter").clientWidth;
+    scatter();
+  }).observe($("#scatter"));
   sort("speedup", true);
 })();

@@ -111,9 +111,11 @@ def candidates(sets: Iterable[str] = (), sweeps: Iterable[str] = (), preset: Seq
 
 
 def about(name: str) -> str:
-    """What a method does in a line: the first sentence of its docstring."""
-    target = METHODS.get(name)
-    text = " ".join((target.__doc__ or "").partition("\n\n")[0].split())
+    """What a method does in a line: what its registration says in plain words, or the start of its docstring."""
+    noted = METHODS.info(name)
+    if noted.facts.get("plain"):
+        return str(noted.facts["plain"])
+    text = " ".join((noted.target.__doc__ or "").partition("\n\n")[0].replace("`", "").split())
     sentence = re.split(r"(?<=[.;])\s(?=[A-Z])", text)[0]
     return sentence.rstrip(".") + "." if sentence else ""
 

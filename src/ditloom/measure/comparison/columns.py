@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ditloom.measure.comparison.row import Row
-from ditloom.measure.comparison.scores import MEANINGS
+from ditloom.measure.comparison.scores import EQUAL, MEANINGS
 
 if TYPE_CHECKING:
     from ditloom.measure.comparison.run import Comparison
@@ -17,7 +17,8 @@ Value = Callable[["Comparison", Row], float | None]
 
 @dataclass(frozen=True)
 class Column:
-    """One column. axis: whether it may be plotted. scale: what a value is multiplied by before it is written."""
+    """One column. axis: where it may be plotted. scale: what a value is multiplied by before it is written. equal: the
+    value of pictures that do not differ."""
 
     key: str
     title: str
@@ -28,10 +29,13 @@ class Column:
     higher: bool = True
     axis: str = ""
     scale: float = 1.0
+    equal: float | None = None
 
     def shown(self, value: float | None) -> str:
         """As people read it."""
-        return "" if value is None else self.form.format(value * self.scale) + self.unit
+        if value is None:
+            return ""
+        return "equal" if value == self.equal else self.form.format(value * self.scale) + self.unit
 
 
 def _score(metric: str) -> Value:
@@ -56,6 +60,40 @@ COLUMNS = (
         unit="x",
         axis="x",
     ),
+    Column("psnr", "PSNR", MEANINGS["psnr"], _score("psnr"), form="{:.1f}", unit=" dB", axis="y", equal=EQUAL),
+    Column(
+        "margin",
+        "vs fewer steps",
+        "PSNR above that of a plain run with as few steps as take the same multiply-accumulates, rounded up to a step",
+        _margin,
+        form="{:+.1f}",
+        unit=" dB",
+    ),
+    Column("ssim", "SSIM", MEANINGS["ssim"], _score("ssim"), form="{:.3f}", axis="y"),
+    Column("lpips", "LPIPS", MEANINGS["lpips"], _score("lpips"), form="{:.3f}", higher=False, axis="y"),
+    Column(
+        "accuracy", "Accuracy", MEANINGS["accuracy"], _score("accuracy"), form="{:.0f}", unit=" %", axis="y", scale=100
+    ),
+    Column("frechet", "Fréchet", MEANINGS["frechet"], _score("frechet"), form="{:.1f}", higher=False, axis="y"),
+    Column(
+        "share_saved",
+        "MACs saved",
+        "share of the plain run's multiply-accumulates that was not executed, probes included",
+        _measured(lambda row: row.share_saved),
+        form="{:.0f}",
+        unit=" %",
+        axis="x",
+        scale=100,
+    ),
+    Column(
+        "share_reused",
+        "Reused",
+        "share of the map of steps, blocks and guidance branches that was reused, predicted or left out",
+        _measured(lambda row: row.share_reused),
+        form="{:.0f}",
+        unit=" %",
+        scale=100,
+    ),
     Column(
         "seconds",
         "Time",
@@ -68,16 +106,6 @@ COLUMNS = (
         scale=1000,
     ),
     Column(
-        "share_saved",
-        "MACs saved",
-        "share of the plain run's multiply-accumulates that was not executed, probes included",
-        _measured(lambda row: row.share_saved),
-        form="{:.0f}",
-        unit=" %",
-        axis="x",
-        scale=100,
-    ),
-    Column(
         "macs",
         "MACs",
         "multiply-accumulates of one picture",
@@ -86,30 +114,6 @@ COLUMNS = (
         unit=" G",
         higher=False,
         scale=1e-9,
-    ),
-    Column(
-        "share_reused",
-        "Reused",
-        "share of the map of steps, blocks and guidance branches that was reused, predicted or left out",
-        _measured(lambda row: row.share_reused),
-        form="{:.0f}",
-        unit=" %",
-        scale=100,
-    ),
-    Column("psnr", "PSNR", MEANINGS["psnr"], _score("psnr"), form="{:.1f}", unit=" dB", axis="y"),
-    Column("ssim", "SSIM", MEANINGS["ssim"], _score("ssim"), form="{:.3f}", axis="y"),
-    Column("lpips", "LPIPS", MEANINGS["lpips"], _score("lpips"), form="{:.3f}", higher=False, axis="y"),
-    Column(
-        "accuracy", "Accuracy", MEANINGS["accuracy"], _score("accuracy"), form="{:.0f}", unit=" %", axis="y", scale=100
-    ),
-    Column("frechet", "Fréchet", MEANINGS["frechet"], _score("frechet"), form="{:.1f}", higher=False, axis="y"),
-    Column(
-        "margin",
-        "vs fewer steps",
-        "PSNR above that of a plain run with as few steps as take the same multiply-accumulates, rounded up to a step",
-        _margin,
-        form="{:+.1f}",
-        unit=" dB",
     ),
     Column(
         "held_bytes",
@@ -123,7 +127,7 @@ COLUMNS = (
     ),
     Column(
         "peak_bytes",
-        "Peak memory",
+        "Peak",
         "the most memory of the whole process (of the device, on an accelerator) while the set ran",
         _measured(lambda row: None if row.peak_bytes is None else float(row.peak_bytes)),
         form="{:.0f}",

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -48,12 +49,12 @@ def page(found: Comparison) -> str:
         "script": _asset("page.js"),
         "answer": escape(headline(found)),
         "choice": _choice(choice_in_words(found)),
-        "cards": "".join(_card(item) for item in advice(found)),
+        "cards": "".join(map(_card, _merged(advice(found)))),
         "reasons": _items(reasons(found)),
         "head": "".join(_heading(column) for column in columns),
         "rows": "".join(_row(found, row, columns) for row in found.rows),
         "empty": _items(empty_because(found)),
-        "legend": "".join(f"<dt>{escape(word)}</dt><dd>{escape(meaning)}</dd>" for word, meaning in LEGEND),
+        "legend": "".join(f"<div><dt>{escape(word)}</dt><dd>{escape(meaning)}</dd></div>" for word, meaning in LEGEND),
         "protocol": _items([*in_words(found.protocol), *found.remarks]),
         "hash": escape(found.protocol.hash),
         "data": _embedded(_data(found)),
@@ -81,7 +82,15 @@ def _data(found: Comparison) -> dict[str, Any]:
     places = [int(place) for place in shown]
     told = found.to_dict()
     told["columns"] = [
-        {"key": c.key, "title": c.title, "axis": c.axis, "higher": c.higher, "unit": c.unit, "scale": c.scale}
+        {
+            "key": c.key,
+            "title": c.title,
+            "axis": c.axis,
+            "higher": c.higher,
+            "unit": c.unit,
+            "scale": c.scale,
+            "equal": c.equal,
+        }
         for c in COLUMNS
     ]
     told["shown"] = [str(found.question.asked[place]) for place in places]
@@ -126,19 +135,39 @@ def _copyable(command: str) -> str:
     return f'<button class="copy" type="button" title="copy"><code>{escape(command)}</code></button>'
 
 
-def _card(item: Advice) -> str:
-    row = item.row
+def _merged(listed: Sequence[Advice]) -> list[list[Advice]]:
+    """Neighbours that advise the same set share a card."""
+    return [list(same) for _, same in groupby(listed, key=lambda item: item.row and item.row.name)]
+
+
+def _card(items: Sequence[Advice]) -> str:
+    first = items[0]
+    title, row = escape(", ".join(item.title for item in items)), first.row
     if row is None:
-        body = f'<p class="none">Nothing here is faster and above {item.floor:g} dB.</p>'
-        return f'<article class="card {item.key}"><h3>{item.title}</h3>{body}</article>'
+        body = f'<p class="none">Nothing here is faster and above {first.floor:g} dB.</p>'
+        return f'<article class="card {first.key}"><h3>{title}</h3>{body}</article>'
     psnr = row.value("psnr") or 0.0
+    rivals = "".join(_rival(item) for item in {item.rival and item.rival.name: item for item in items}.values())
     return (
-        f'<article class="card {item.key}" data-set="{escape(row.name)}"><h3>{item.title}</h3>'
+        f'<article class="card {first.key}" data-set="{escape(row.name)}"><h3>{title}</h3>'
         f'<p class="big">{row.speedup:.1f}<span>x faster</span></p>'
-        f'<p class="name">{escape(row.name)}</p><p class="why">{escape(explanation(row))}</p>'
-        f'<p class="looks"><b>{psnr:.1f} dB</b> {escape(looks(psnr))}</p><div class="thumbs" aria-hidden="true"></div>'
+        f'<p class="name">{_breaking(row.name)}</p><p class="why">{escape(explanation(row))}</p>'
+        f'<p class="looks"><b>{psnr:.1f} dB</b> {escape(looks(psnr))}</p>{rivals}'
+        '<div class="thumbs" aria-hidden="true"></div>'
         f"{_copyable('ditloom generate ' + Candidate(row.methods).flags)}</article>"
     )
+
+
+def _rival(item: Advice) -> str:
+    """Beside a method what fewer steps reach at that level, and the other way round."""
+    if item.row is None:
+        return ""
+    kind = "the best method" if Candidate(item.row.methods).is_control else "fewer steps"
+    if item.rival is None:
+        return f'<p class="rival">Above {item.floor:g} dB {kind} is not faster than the plain run.</p>'
+    psnr = item.rival.value("psnr") or 0.0
+    told = f"Above {item.floor:g} dB {kind}: {item.rival.name}, {item.rival.speedup:.1f}x, {psnr:.1f} dB."
+    return f'<p class="rival">{escape(told)}</p>'
 
 
 def _heading(column: Column) -> str:
@@ -151,13 +180,18 @@ def _heading(column: Column) -> str:
 
 def _row(found: Comparison, row: Row, columns: Sequence[Column]) -> str:
     kind = "plain" if not row.methods else "control" if Candidate(row.methods).is_control else "set"
-    title = f'<a href="#"><i class="dot"></i>{escape(row.name)}</a>'
+    title = f'<a href="#"><i class="dot"></i>{_breaking(row.name)}</a>'
     name = f'<th scope="row">{title}<small>{escape(explanation(row))}</small></th>'
     if row.refused is not None:
         rest = f'<td class="refused" colspan="{len(columns) - 1}">{escape(row.refused)}</td>'
         return f'<tr class="refused {kind}" data-set="{escape(row.name)}">{name}{rest}</tr>'
     cells = "".join(_cell(column, found, row) for column in columns if column.key != "name")
     return f'<tr class="{kind}" data-set="{escape(row.name)}">{name}{cells}</tr>'
+
+
+def _breaking(name: str) -> str:
+    """A name that may be broken after its colons and commas."""
+    return escape(name).replace(":", ":<wbr>").replace(",", ",<wbr>")
 
 
 def _cell(column: Column, found: Comparison, row: Row) -> str:
