@@ -57,11 +57,15 @@ class Touch:
 
 @dataclass(frozen=True)
 class Control:
-    """A site a handler may compute or reuse, with how its output is stored and predicted."""
+    """A site a handler may compute or reuse, with how its output is stored and predicted.
+
+    pure: not stored on a step on which the same handler has reused something else.
+    """
 
     site: Site
     codec: Codec
     predictor: Predictor
+    pure: bool = False
 
 
 @dataclass(frozen=True)

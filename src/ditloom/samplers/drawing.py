@@ -98,6 +98,11 @@ class Drawing:
     def _predict(
         self, x: Tensor, t: Any, branches: Sequence[str], *, step: int, evaluation: int
     ) -> Mapping[str, Tensor]:
+        return self.predictions(x, t, branches, step=step, evaluation=evaluation)
+
+    def predictions(
+        self, x: Tensor, t: Any, branches: Sequence[str], *, step: int, evaluation: int
+    ) -> Mapping[str, Tensor]:
         """The predictions of the named branches; x is scaled and t is as the process tells it to a network."""
         native = float(self.backbone.preset.time.native(torch.as_tensor(t, dtype=torch.float64)))
         clock = replace(self._clock(step, evaluation), native=native)

@@ -1,0 +1,1 @@
+"""Recipes in which a student learns from a teacher."""
