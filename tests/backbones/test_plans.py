@@ -163,7 +163,9 @@ def test_counted_macs_are_the_executed_ones(backbone: Backbone) -> None:
     assert counter.get_total_flops() == 2 * backbone.macs(layout)
 
 
-@pytest.mark.parametrize("name", ["lightning-dit", "u-vit-text", "mmdit-dual", "pixart-sigma-compressed", "hunyuan-dit"])
+@pytest.mark.parametrize(
+    "name", ["lightning-dit", "u-vit-text", "mmdit-dual", "pixart-sigma-compressed", "hunyuan-dit", "flux"]
+)
 def test_compiled_blocks_compute_the_same_in_one_graph_per_kind(name: str) -> None:
     backbone = make(name)
     args = inputs(backbone)

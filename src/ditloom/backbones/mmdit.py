@@ -120,7 +120,7 @@ class MMDiTBlock(Block):
     ) -> tuple[Streams, dict[str, Any]]:
         x, y, layout = streams["image"], streams["text"], streams.layout
         at = visit(plan, given, layout)
-        mx, my = (self._chunks(s, context, layout) for s in layout.streams)
+        mx, my = (self._chunks(s, context, layout) for s in ("image", "text"))
         h = {
             "image": at.tap("modulated_in", modulate(self.image.norm1(x), mx[0], mx[1])),
             "text": at.tap("modulated_in", modulate(self.text.norm1(y), my[0], my[1]), "text"),

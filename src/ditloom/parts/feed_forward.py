@@ -10,11 +10,11 @@ from ditloom.sites.visit import BARE, BareVisit, Visit
 
 
 class MLP(nn.Module):
-    """linear -> GELU (tanh approximation unless `exact`) -> linear."""
+    """linear -> GELU (tanh approximation unless `exact`) -> linear, the last without a bias where `out_bias` is off."""
 
-    def __init__(self, width: int, hidden: int, exact: bool = False):
+    def __init__(self, width: int, hidden: int, exact: bool = False, out_bias: bool = True):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width, bias=out_bias)
         self.approximate = "none" if exact else "tanh"
 
     def forward(self, x: Tensor, at: Visit | BareVisit = BARE, stream: str = "image") -> Tensor:

@@ -89,8 +89,9 @@ class Forward:
         surface, position = self.surface, 0
         while position < len(surface.index_at):
             index = surface.index_at[position]
+            self._close(position, streams)
             if index is not None:
-                self._enter(index, position, streams)
+                self._enter(index, streams)
                 reused = self._ranges(index, streams, context)
                 if reused is not None:
                     streams, position = reused
@@ -99,23 +100,27 @@ class Forward:
             if until is not None and index == until:
                 return streams
             position += 1
-        self._enter(surface.blocks, position, streams)
+        self._close(position, streams)
+        self._enter(surface.blocks, streams)
         return streams
 
-    def _enter(self, index: int, position: int, streams: Streams) -> None:
-        """What enters block `index` is known: probes may look at it, and ranges that end here are stored."""
+    def _enter(self, index: int, streams: Streams) -> None:
+        """What enters block `index` is known: probes may look at it."""
         if index in self.program.watched:
             self.entered[index] = streams
+
+    def _close(self, position: int, streams: Streams) -> None:
+        """What enters a flat position is known: ranges that end there are stored."""
         if self.open:
             for end, planned, at_start in self.open:
-                if end == position:
+                if end == position and self.run.storable(planned):
                     self.push(planned, planned.control.codec.encode(at_start.tokens, streams.tokens))
             self.open = [item for item in self.open if item[0] != position]
 
     def _ranges(self, index: int, streams: Streams, context: Context) -> tuple[Streams, int] | None:
         for planned in self.program.ranges.get(index, ()):
             i, j = planned.site.span or (0, 0)
-            action, end = self.settle(planned, streams, context), self.surface.position(j)
+            action, end = self.settle(planned, streams, context), self.surface.end(i, j)
             if action is Action.COMPUTE:
                 if planned.stores and self.reuse:
                     self.open.append((end, planned, streams))
@@ -225,7 +230,10 @@ class Forward:
             self.macs += block.modulated_in_macs(self.entered[probe.block].layout)
         elif probe.kind == "residual":
             (i, j), at = probe.span, self.rows.slice(self.rows.leading)
-            return (self.entered[j]["image"][at] - self.entered[i]["image"][at]).detach()
+            after, before = self.entered[j], self.entered[i]
+            if after.layout != before.layout:  # of the tokens that both have
+                return (after.segment("image")[at] - before.segment("image")[at]).detach()
+            return (after["image"][at] - before["image"][at]).detach()
         else:
             value = self.entered[probe.block]["image"]
         return value[self.rows.slice(self.rows.leading)].detach()

@@ -10,7 +10,17 @@ from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Layout
 from ditloom.contracts.site import Site, block_range, branch
 
-KINDS = {"attn": "attn", "attn2": "attn", "cross": "cross", "temporal": "temporal", "mlp": "mlp", "mlp_text": "mlp"}
+KINDS = {
+    "attn": "attn",
+    "attn2": "attn",
+    "cross": "cross",
+    "temporal": "temporal",
+    "mlp": "mlp",
+    "mlp_text": "mlp",
+    "mixer": "attn",
+    "conv": "attn",
+}
+"""What the names of sites mean to a method: a scan or convolution that mixes tokens stands where attention does."""
 
 
 class Surface:
@@ -72,12 +82,12 @@ class Surface:
         return self.flat[index] if index < self.blocks else len(self.flat_blocks)
 
     def end(self, i: int, j: int) -> int:
-        """Flat position at which range(i, j) ends: before block j; before the transitions that lead there if only so
-        what leaves the range has the layout of what enters it."""
+        """Flat position at which range(i, j) ends: before block j, or before the transitions that lead there if these
+        only rearrange and what leaves the range then has the layout of what enters it."""
         position, after_last = self.position(j), self.flat[j - 1] + 1
-        entering = self.layouts[self.flat[i]]
-        early = self.layouts[position] != entering and self.layouts[after_last] == entering
-        return after_last if early else position
+        entering, glue = self.layouts[self.flat[i]], self.flat_blocks[after_last:position]
+        early = all(getattr(block, "rearranges", False) for block in glue) and self.layouts[position] != entering
+        return after_last if early and self.layouts[after_last] == entering else position
 
     def sites(self, kind: str) -> tuple[Site, ...]:
         """Every in-block site of a kind: attn, mlp, cross, ...; empty if the family has none."""
@@ -114,7 +124,7 @@ class Surface:
         """Whether a block has a stage to tap."""
         block = self.block(index)
         if stage == "skip":
-            return self.flat[index] in self.backbone.skips.values()
+            return self.flat[index] in self.backbone.skips.values() and "skip" not in self.backbone.missing
         if stage == "attend":
             return "attn" in block.sites and "attend" not in self.backbone.missing
         return stage in ("block_in", "block_out") or stage in block.stages or stage in block.sites
