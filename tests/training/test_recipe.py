@@ -90,6 +90,19 @@ def test_a_run_may_start_from_the_weights_of_a_model(tmp_path):
         Recipe.from_dict({**values(), "start": "fashon"}).build_model(Squares())
 
 
+def test_a_skip_dit_may_start_from_a_dit(tmp_path):
+    shape = {"depth": 2, "width": 32, "heads": 2, "patch": 4}
+    dit = Recipe.from_dict(values(model__backbone={"family": "dit", **shape})).build_model(Squares())
+    dit.save(tmp_path / "dit")
+    longer = values(model__backbone={"family": "skip-dit", "residual": True, **shape})
+    skip = Recipe.from_dict({**longer, "start": str(tmp_path / "dit")}).build_model(Squares())
+    x, t, condition = dit.backbone.example(2)
+    with torch.no_grad():
+        for model in (dit, skip):
+            model.backbone.final_layer.linear.weight.fill_(0.1)
+        assert torch.equal(dit.backbone(x, t, condition), skip.backbone(x, t, condition))
+
+
 def test_weights_follow_from_the_seed_and_leave_the_global_generator_alone():
     torch.manual_seed(3)
     a = Recipe.from_dict(values()).build_model(Squares()).backbone.t_embedder.mlp[0].weight

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from ditloom.backbones import dit
 from ditloom.backbones.dit import DiT, DiTBlock, DiTConfig
-from ditloom.contracts.backbone import NOTHING, Block
+from ditloom.contracts.backbone import NOTHING, Backbone, Block
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Layout
 from ditloom.contracts.plan import BlockPlan
 from ditloom.contracts.registry import register
 from ditloom.contracts.streams import Context, Streams
 from ditloom.parts.long_skip import ResidualSkipMerge, SkipMerge
-from ditloom.parts.norms import LayerNorm
 from ditloom.parts.patches import zero_
 
 
@@ -87,8 +86,8 @@ class SkipDiT(DiT):
         if layer < c.depth // 2:
             return super().make_block(layer)
         merge = ResidualSkipMerge(c.width) if c.residual else SkipMerge(c.width)
-        norms = (LayerNorm(c.width), LayerNorm(c.width, eps=c.norm2_eps))
-        return SkipDiTBlock(c.width, c.heads, c.mlp_ratio, merge, norms=norms, attn=self.make_attention(layer))
+        parts = {"norms": self.make_norms(), "attn": self.make_attention(layer)}
+        return SkipDiTBlock(c.width, c.heads, c.mlp_ratio, merge, **parts)
 
     def initialise(self) -> None:
         """As DiT, except that the merges keep torch's defaults (they are made after the initialiser, as published)."""
@@ -98,6 +97,14 @@ class SkipDiT(DiT):
                 block.merge.linear.reset_parameters()
                 if self.preset.residual:
                     zero_(block.merge.linear)
+
+    def grown_from(self, other: Backbone) -> Mapping[str, Tensor]:
+        """The weights of a DiT with this network's own new merges; those of a Skip-DiT as they are."""
+        return other.state_dict() if isinstance(other, SkipDiT) else self.with_merges(other.state_dict())
+
+    def with_merges(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A DiT's weights and this network's merges."""
+        return {**state, **{name: value for name, value in self.state_dict().items() if ".merge." in name}}
 
 
 def from_dit(config: DiTConfig, state: Mapping[str, Tensor], residual: bool = True) -> SkipDiT:
@@ -110,8 +117,7 @@ def from_dit(config: DiTConfig, state: Mapping[str, Tensor], residual: bool = Tr
         raise UserError(f"a Skip-DiT is made of a 'dit'; this model is a {config.family!r}")
     settings = {f.name: getattr(config, f.name) for f in fields(config)}
     backbone = SkipDiT(SkipDiTConfig(**settings, residual=residual))
-    merges = {name: value for name, value in backbone.state_dict().items() if ".merge." in name}
-    backbone.load_state_dict({**state, **merges}, strict=True)
+    backbone.load_state_dict(dict(backbone.with_merges(state)), strict=True)
     return backbone
 
 
