@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ditloom.adapters.using import using
     from ditloom.contracts.condition import Condition
-    from ditloom.model import Model, build, load, using
+    from ditloom.model import Model, build, load
 
 __version__ = "0.1.0"
 __all__ = ["Condition", "Model", "build", "load", "using"]
 
-_HOMES = dict.fromkeys(("Model", "build", "load", "using"), "ditloom.model")
+_HOMES = dict.fromkeys(("Model", "build", "load"), "ditloom.model")
+_HOMES["using"] = "ditloom.adapters.using"
 _HOMES["Condition"] = "ditloom.contracts.condition"
 
 

@@ -16,3 +16,4 @@ METHODS = Registry(
     *(f"ditloom.{folder}" for folder in ("caches", "sparsity", "compression", "control", "editing")),
     group="ditloom.methods",
 )
+ADAPTERS = Registry("adapter", "ditloom.adapters", group="ditloom.adapters")

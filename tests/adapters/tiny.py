@@ -1,0 +1,136 @@
+"""Tiny transformers of diffusers with random weights, and how each is called: one entry per adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Conditions = Callable[[int], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A transformer and its calls.
+
+    make: the module. latent: shape of one sample of x. condition: what one branch (0: cond, 1: uncond) tells for
+    `samples` rows. always: arguments without rows. times: what it is called with. time: the dtype in which it comes.
+    kinds: the in-block sites it must have. order: where a block returns (image, text), or (image,). lists: names of
+    its lists of blocks.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    latent: tuple[int, ...]
+    condition: Callable[[int, Callable[..., Tensor]], dict[str, Any]]
+    times: tuple[float, ...]
+    kinds: tuple[str, ...]
+    always: Callable[[], dict[str, Any]] = dict
+    time: torch.dtype = torch.float32
+    order: tuple[int, ...] = (0,)
+    lists: tuple[str, ...] = ("transformer_blocks",)
+    skips: bool = False
+
+    @property
+    def module(self) -> nn.Module:
+        """The module, made once."""
+        return made(self.name)
+
+    def arguments(self, x: Tensor, time: float, branches: Sequence[int] = (0, 1)) -> dict[str, Any]:
+        """The call for x [samples, ...] with the rows of some branches."""
+        samples = len(x)
+        told = [self.condition(samples, drawer(100 * branch + 1)) for branch in branches]
+        joined = {k: _joined([t[k] for t in told]) for k in told[0]}
+        rows = torch.cat([x] * len(branches))
+        return {
+            "hidden_states": rows,
+            "timestep": torch.full((len(rows),), time, dtype=self.time),
+            **joined,
+            **self.always(),
+        }
+
+
+def _joined(parts: list[Any]) -> Any:
+    if isinstance(parts[0], dict):
+        return {k: _joined([p[k] for p in parts]) for k in parts[0]}
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
+
+
+def drawer(seed: int) -> Callable[..., Tensor]:
+    """Normal numbers of a shape, always the same ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator)
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """Every parameter redrawn, so that no zero-initialised branch hides anything."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            scale = 0.9 / max(parameter.shape[-1], 1) ** 0.5 if parameter.ndim > 1 else 0.1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return module.eval().requires_grad_(False)
+
+
+@cache
+def made(name: str) -> nn.Module:
+    return shaken(CASES[name].make())
+
+
+def dit() -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=5, sample_size=8
+    )
+
+
+def pixart() -> nn.Module:
+    from diffusers import PixArtTransformer2DModel
+
+    return PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=5,
+        cross_attention_dim=16,
+        sample_size=8,
+        caption_channels=12,
+        use_additional_conditions=False,
+    )
+
+
+DISCRETE = (999.0, 800.0, 600.0, 400.0, 200.0, 50.0)
+
+
+def labels(samples: int, draw: Callable[..., Tensor]) -> dict[str, Any]:
+    return {"class_labels": (draw(samples).abs() * 300).long().clamp(max=999)}
+
+
+def caption(samples: int, draw: Callable[..., Tensor]) -> dict[str, Any]:
+    mask = torch.ones(samples, 6)
+    mask[0, 4:] = 0
+    return {"encoder_hidden_states": draw(samples, 6, 12), "encoder_attention_mask": mask}
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("dit", dit, (4, 8, 8), labels, DISCRETE, ("attn", "mlp"), time=torch.int64),
+        Case(
+            "pixart",
+            pixart,
+            (4, 8, 8),
+            caption,
+            DISCRETE,
+            ("attn", "cross", "mlp"),
+            always=lambda: {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
+            time=torch.int64,
+        ),
+    )
+}
