@@ -12,7 +12,10 @@ Purpose = Literal["sample", "optimise", "teacher", "search"]
 
 @dataclass(frozen=True)
 class Clock:
-    """One evaluation: step s of `steps`, evaluation within the step, noise level t and its next, native time."""
+    """One evaluation: step s of `steps`, evaluation within the step, noise level t and its next, native time.
+
+    guidance_scale: that of the run.
+    """
 
     step: int
     steps: int
@@ -21,6 +24,7 @@ class Clock:
     native: float = 0.0
     evaluation: int = 0
     purpose: Purpose = "sample"
+    guidance_scale: float = 1.0
 
     @property
     def may_reuse(self) -> bool:
@@ -69,7 +73,7 @@ class Schedule:
         """The clock of one evaluation."""
         native = self.native[step] if step < len(self.native) else 0.0
         t_next = self.times[min(step + 1, self.steps)]
-        return Clock(step, self.steps, self.times[step], t_next, native, evaluation, purpose)
+        return Clock(step, self.steps, self.times[step], t_next, native, evaluation, purpose, self.guidance_scale)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class Outside:
         if self.clock.may_reuse:
             self.run.learn(self.clock, found)
         leading = self._leading(found)
-        for planned in storing:
+        for planned in (p for p in storing if self.run.storable(p)):
             for name in (n for n in self._branches(planned) if n in found):
                 codec, x = planned.control.codec, self.x if planned.site.branch is None else leading
                 depth, rows = planned.control.predictor.depth, Rows((name,), len(self.x))

@@ -165,6 +165,11 @@ class Run:
             self._settled[planned.place] = Action.COMPUTE if action in SOURCES and not ready else action
         return self._settled[planned.place]
 
+    def storable(self, planned: Planned) -> bool:
+        """Whether what is computed at a site now may be stored: not if pure, and its handler has reused something."""
+        mine = (action for (key, _), action in self._settled.items() if key == planned.handler.key)
+        return not planned.control.pure or all(action is Action.COMPUTE for action in mine)
+
     def _decide(self, planned: Planned, clock: Clock, ready: bool, look: Look) -> Action:
         """The decision of a deferred site: asked once per step, of the leading branch, obeyed by all."""
         key = (*planned.place, clock.step)

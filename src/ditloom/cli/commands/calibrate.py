@@ -53,8 +53,8 @@ class Calibrate(Command):
     """decides the noise"""
     batch_size: Whole = 16
     """pictures drawn together"""
-    sites: bool = True
-    """watch every attention and feed-forward, which holds their outputs of one step"""
+    no_sites: bool = False
+    """do not watch every attention and feed-forward, for which their outputs of one step are held"""
     dtype: str = "fp32"
     """number format: fp32, bf16 or fp16"""
     device: str = "auto"
@@ -80,7 +80,7 @@ class Calibrate(Command):
                 done += pictures
                 bar.follow(done)
 
-            options: Any = {"batch_size": self.batch_size, "sites": self.sites, "on_step": follow}
+            options: Any = {"batch_size": self.batch_size, "sites": not self.no_sites, "on_step": follow}
             found = calibrate(model, inputs, settings, keys, **options)
         written = {key: keep(assets, key, found.circumstances) for key, assets in found.assets.items()}
         return self._answer(found, written)
