@@ -34,9 +34,9 @@ class Compare(Command):
     a table, comparison.json and the page comparison.html. A comparison that was interrupted goes on with its --out.
     """
 
-    sets: tuple[str, ...] = ()
+    sets: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """sets of methods, such as "fora:interval=2" "dbcache + guidance-gate\""""
-    sweep: UseAppendAction[tuple[str, ...]] = ()
+    sweep: UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     """a set over lists of values, every combination: "fbcache:threshold=0.05|0.1|0.2\""""
     preset: OptionalText = None
     """a named list of sets: caches holds every cache there is"""
@@ -90,12 +90,12 @@ class Compare(Command):
 
         self._check()
         model = self._model()
-        folder = self.folder
+        (sets, sweep), folder = self._texts, self.folder
         with exclusive(folder), _told_on_stop(folder), CompareProgress() as bar:
             found = compare(
                 model,
-                self.sets,
-                sweep=self.sweep,
+                sets,
+                sweep=sweep,
                 preset=self.preset,
                 inputs=self._inputs(model),
                 seeds=seeds_of(self.seeds, self.seed),
@@ -122,6 +122,11 @@ class Compare(Command):
         """Where everything goes."""
         return (self.out or Path("out") / f"compare-{Path(self.model).name}").expanduser()
 
+    @property
+    def _texts(self) -> tuple[list[str], list[str]]:
+        """Sets and sweeps, however many were given behind how many flags."""
+        return [text for several in self.sets for text in several], [text for several in self.sweep for text in several]
+
     def _check(self) -> None:
         """Whatever can be refused before a model is loaded."""
         from ditloom.cli.wanted import check_spec
@@ -131,7 +136,7 @@ class Compare(Command):
         from ditloom.measure.comparison.choice import Budget, Quality
         from ditloom.measure.comparison.presets import preset
 
-        candidates(self.sets, self.sweep, preset(self.preset))
+        candidates(*self._texts, preset(self.preset))
         for reader, text in ((Budget.read, self.budget), (Quality.read, self.quality)):
             if text is not None:
                 reader(text)

@@ -15,7 +15,7 @@ from ditloom.contracts.settings import parse
 CONTROL = "fewer-steps"
 """The method that takes fewer steps and nothing else: what every other one has to beat."""
 MOST = 500
-_PLUS = re.compile(r"\s*\+\s*(?=[a-zA-Z])")
+_PLUS = re.compile(r"\s*\+\s*(?=[a-zA-Z]|$)")
 
 
 @dataclass(frozen=True)

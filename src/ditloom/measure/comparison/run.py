@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.metric import Protocol
 from ditloom.measure.comparison.bench import Bench
+from ditloom.measure.comparison.calibrating import calibrated
 from ditloom.measure.comparison.candidates import PLAIN, Candidate, about, candidates, fewer_steps
 from ditloom.measure.comparison.choice import HIGHER_IS_BETTER, Budget, Pick, Quality, better, pick
 from ditloom.measure.comparison.folder import Folder
@@ -248,12 +249,13 @@ def compare(
     others = _other_seeds(question.seeds, check_seeds) if any(limits) else ()
     plain_and = [PLAIN, *wanted]
     place = Path(folder) if folder is not None else None
+    made = calibrated(model, wanted, question, lambda: follow("calibration", 0, 1))
     ledger, said = _ledger(model, question, extractor, real, place, follow)
     ledger.measure(plain_and, later=len(wanted) * ledger._work(PLAIN) // 2)
     controls = list(_controls(ledger, wanted, preset is not None))
     ledger.measure(controls)
     rows = tuple(ledger.rows[candidate] for candidate in dict.fromkeys([*plain_and, *controls]))
-    remarks = (told,) if told else ()
+    remarks = tuple(sentence for sentence in (told, made) if sentence is not None)
     found = Comparison(said, question, rows, ledger.pictures, remarks)
     if not any(limits):
         return found
