@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ditloom.adapters.using import using
     from ditloom.contracts.condition import Condition
+    from ditloom.measure.comparison import compare
     from ditloom.model import Model, build, load
 
 __version__ = "0.1.0"
-__all__ = ["Condition", "Model", "build", "load", "using"]
+__all__ = ["Condition", "Model", "build", "compare", "load", "using"]
 
 _HOMES = dict.fromkeys(("Model", "build", "load"), "ditloom.model")
 _HOMES["using"] = "ditloom.adapters.using"
-_HOMES["Condition"] = "ditloom.contracts.condition"
+_HOMES |= {"Condition": "ditloom.contracts.condition", "compare": "ditloom.measure.comparison"}
 
 
 def __getattr__(name: str) -> Any:

@@ -172,6 +172,18 @@ def test_nothing_that_qualifies_names_the_nearest(model):
     assert choice_in_words(found)[0].startswith("No set is at least 500x as fast. The nearest is ")
 
 
+def test_a_method_that_breaks_spoils_only_itself(model, tmp_path, monkeypatch):
+    def broken(self, surface, assets=None):
+        raise ValueError("a fault of its own")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EveryOther, "bind", broken)
+        found = run(model, ["every-other", "fora:interval=2"], folder=tmp_path)
+    assert found.row("every-other").refused == "it failed with ValueError: a fault of its own"
+    assert found.row("fora:interval=2").refused is None
+    assert run(model, ["every-other"], folder=tmp_path).row("every-other").refused is None, "it is tried again"
+
+
 def test_seeds_of_search_and_check_are_disjoint(model):
     with pytest.raises(UserError, match="seed 1 is both searched and checked on"):
         run(model, SETS[:1], seeds=(0, 1), check_seeds=(1, 2), budget="2x")

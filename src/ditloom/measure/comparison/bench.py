@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ditloom.model import Model
 
 Follow = Callable[[], None]
+FAILED = "it failed with"
+"""How the sentence begins of a set that broke instead of being refused: a fault of a method, not of the user."""
 
 
 @dataclass
@@ -54,11 +56,12 @@ class Bench:
         watched = reset_peak(self.model.backbone.device)
         try:
             drawn = self.drawn(candidate)
-        except UserError as why:
+        except Exception as why:
             if candidate == PLAIN:
                 raise
+            told = str(why) if isinstance(why, UserError) else f"{FAILED} {type(why).__name__}: {why}"
             name, methods, control = candidate.name, candidate.methods, candidate.control
-            return Row(name=name, methods=methods, control=control, refused=str(why)), None
+            return Row(name=name, methods=methods, control=control, refused=told), None
         top = peak(self.model.backbone.device) if watched else None
         if candidate == PLAIN:
             self.plain_pictures, self.plain_macs = drawn.pictures, drawn.macs

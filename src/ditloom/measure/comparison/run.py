@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.metric import Protocol
-from ditloom.measure.comparison.bench import Bench
+from ditloom.measure.comparison.bench import FAILED, Bench
 from ditloom.measure.comparison.calibrating import calibrated
 from ditloom.measure.comparison.candidates import PLAIN, Candidate, about, candidates, fewer_steps
 from ditloom.measure.comparison.choice import HIGHER_IS_BETTER, Budget, Pick, Quality, better, pick
@@ -167,7 +167,7 @@ class _Ledger:
             before = self.done
             self.bench.on_step = lambda name=candidate.name: self._step(name)  # type: ignore[misc]
             row, pictures = self.bench.measured(candidate)
-            if self.folder is not None:
+            if self.folder is not None and not (row.refused or "").startswith(FAILED):
                 self.folder.keep(candidate, row, pictures)
             self._note(candidate, row, pictures)
             self.done = before + self._work(candidate)
