@@ -83,6 +83,55 @@ def call_pixart(pipe: Any, guidance_scale: float = 4.0, **more: Any) -> Any:
     ).images
 
 
+def sd3() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    parts = dict.fromkeys(
+        ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    )
+    return StableDiffusion3Pipeline(
+        transformer=made("sd3"), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts
+    )
+
+
+def call_sd3(pipe: Any, guidance_scale: float = 4.0, **more: Any) -> Any:
+    draw = drawer(5)
+    return pipe(
+        prompt_embeds=draw(2, 6, 12),
+        pooled_prompt_embeds=draw(2, 10),
+        negative_prompt_embeds=draw(2, 6, 12),
+        negative_pooled_prompt_embeds=draw(2, 10),
+        guidance_scale=guidance_scale,
+        height=64,
+        width=64,
+        output_type="latent",
+        **more,
+    ).images
+
+
+def flux() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return FluxPipeline(transformer=made("flux"), scheduler=scheduler, **parts)
+
+
+def call_flux(pipe: Any, true_cfg_scale: float = 2.0, **more: Any) -> Any:
+    draw = drawer(5)
+    return pipe(
+        prompt_embeds=draw(2, 6, 12),
+        pooled_prompt_embeds=draw(2, 10),
+        negative_prompt_embeds=draw(2, 6, 12),
+        negative_pooled_prompt_embeds=draw(2, 10),
+        true_cfg_scale=true_cfg_scale,
+        height=64,
+        width=64,
+        output_type="latent",
+        **more,
+    ).images
+
+
 class Clocks(Captures):
     """Notes the clock and the rows of every forward."""
 
@@ -101,5 +150,7 @@ PIPES = {
     for case in (
         PipeCase("dit", dit, call_dit, {"guidance_scale": 1.0}, rows=("cond", "uncond")),
         PipeCase("pixart", pixart, call_pixart, {"guidance_scale": 1.0}),
+        PipeCase("sd3", sd3, call_sd3, {"guidance_scale": 1.0}),
+        PipeCase("flux", flux, call_flux, {"true_cfg_scale": 1.0}, apart=True),
     )
 }

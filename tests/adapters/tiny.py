@@ -105,6 +105,46 @@ def pixart() -> nn.Module:
     )
 
 
+def sd3() -> nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=5,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        pooled_projection_dim=10,
+        pos_embed_max_size=8,
+        dual_attention_layers=(1,),
+        qk_norm="rms_norm",
+    )
+
+
+def flux() -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 4),
+    )
+
+
+def flux_ids() -> dict[str, Any]:
+    row, column = torch.arange(4.0).repeat_interleave(4), torch.arange(4.0).repeat(4)
+    return {"img_ids": torch.stack([0 * row, row, column], dim=1), "txt_ids": torch.zeros(6, 3)}
+
+
 DISCRETE = (999.0, 800.0, 600.0, 400.0, 200.0, 50.0)
 
 
@@ -116,6 +156,18 @@ def caption(samples: int, draw: Callable[..., Tensor]) -> dict[str, Any]:
     mask = torch.ones(samples, 6)
     mask[0, 4:] = 0
     return {"encoder_hidden_states": draw(samples, 6, 12), "encoder_attention_mask": mask}
+
+
+def pooled(samples: int, draw: Callable[..., Tensor]) -> dict[str, Any]:
+    return {"encoder_hidden_states": draw(samples, 6, 12), "pooled_projections": draw(samples, 10)}
+
+
+def guided(samples: int, draw: Callable[..., Tensor]) -> dict[str, Any]:
+    return {**pooled(samples, draw), "guidance": torch.full((samples,), 3.5)}
+
+
+FLOWING = (1000.0, 850.0, 700.0, 500.0, 250.0, 100.0)
+SIGMAS = tuple(t / 1000 for t in FLOWING)
 
 
 CASES = {
@@ -131,6 +183,18 @@ CASES = {
             ("attn", "cross", "mlp"),
             always=lambda: {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
             time=torch.int64,
+        ),
+        Case("sd3", sd3, (4, 8, 8), pooled, FLOWING, ("attn", "mlp"), order=(1, 0)),
+        Case(
+            "flux",
+            flux,
+            (16, 16),
+            guided,
+            SIGMAS,
+            ("attn", "mlp"),
+            always=flux_ids,
+            order=(1, 0),
+            lists=("transformer_blocks", "single_transformer_blocks"),
         ),
     )
 }
