@@ -161,8 +161,11 @@ class DiT(Backbone):
     def make_block(self, layer: int) -> Block:
         """Block `layer` of 0..depth - 1."""
         c = self.preset
-        norms = (LayerNorm(c.width), LayerNorm(c.width, eps=c.norm2_eps))
-        return DiTBlock(c.width, c.heads, c.mlp_ratio, norms=norms, attn=self.make_attention(layer))
+        return DiTBlock(c.width, c.heads, c.mlp_ratio, norms=self.make_norms(), attn=self.make_attention(layer))
+
+    def make_norms(self) -> tuple[nn.Module, nn.Module]:
+        c = self.preset
+        return LayerNorm(c.width), LayerNorm(c.width, eps=c.norm2_eps)
 
     def make_attention(self, layer: int, **more: Any) -> SelfAttention:
         c = self.preset

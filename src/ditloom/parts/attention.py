@@ -73,7 +73,7 @@ class SelfAttention(Projections):
     def site_macs(self, layout: Layout) -> int:
         """Multiply-accumulates of the whole attention: projections and the products over all pairs of tokens."""
         n = layout.length()
-        return self.macs(n) + cost.attention(n, n, self.qkv.in_features)
+        return self.macs(n) + cost.attention(n, n, self.qkv.out_features // 3)
 
 
 def attend(
