@@ -29,7 +29,12 @@ MODULATIONS = (
 REST = Move("{rest}", "{rest}")
 
 
-GROWN = ("skip_norms.", "s_embedder.")  # beginnings of names that other families have besides those of DiT
+GROWN = (
+    "skip_norms.",
+    "s_embedder.",
+    "blocks.0.moe.",
+    "blocks.0.attn_rate.",
+)  # beginnings of names that other families have besides those of DiT
 MODERN = ("feat_rope.freqs_cos", ".norm1.weight", ".mlp.w12.weight", ".attn.q_norm.weight")
 
 
