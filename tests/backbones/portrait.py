@@ -20,8 +20,9 @@ class Portrait:
     counted: presets whose MACs are compared with what runs. zero_start: a fresh network predicts exactly 0;
     identity_start: its fresh blocks change nothing. token_times: a time per image token is heard where it is.
     other_size: a latent size besides the native one, None where the family is built for one. turns: it tells rows from
-    columns. dead: per configuration, parameters that no gradient reaches, as published. outputs: channels of the
-    prediction, None for those of x.
+    columns. restless: configurations whose fresh blocks do change something, in a family where others' do not.
+    dead: per configuration, parameters that no gradient reaches, as published. outputs: channels of the prediction,
+    None for those of x.
     """
 
     tiny: Mapping[str, Any]
@@ -32,6 +33,7 @@ class Portrait:
     token_times: bool = True
     other_size: tuple[int, ...] | None = (12, 8)
     turns: bool = True
+    restless: frozenset[str] = frozenset()
     dead: Mapping[str, frozenset[str]] = field(default_factory=dict)
     outputs: Mapping[str, int] = field(default_factory=dict)
 

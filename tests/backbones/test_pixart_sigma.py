@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ditloom.backbones.pixart_sigma import PixArtConfig, stretched_grid
+from ditloom.backbones.pixart_sigma import PixArtConfig
 from ditloom.contracts.clock import Schedule
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.errors import UserError
@@ -18,6 +18,7 @@ from ditloom.parts.adaln_single import AdaLNSingle, ModulationTable
 from ditloom.parts.cross_attention import KEPT
 from ditloom.parts.kv_compression import KVCompression
 from ditloom.parts.modulation import AdaLN
+from ditloom.parts.positions import stretched_grid
 from ditloom.sites.run import Run
 from tests.backbones.tiny import TINY, embedded, inputs, make
 

@@ -18,7 +18,7 @@ from ditloom.contracts.condition import Condition
 from ditloom.hub.checkpoint import foreign_state_dict, load_foreign
 from tests.hub.test_golden import formula
 
-GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("pixart-sigma.json").read_text())
+GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("pixart_sigma.json").read_text())
 SMALL = {
     "depth": 3,
     "width": 48,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +31,7 @@ from ditloom.parts.feed_forward import MLP
 from ditloom.parts.kv_compression import compression
 from ditloom.parts.norms import LayerNorm, modulate
 from ditloom.parts.patches import PatchEmbed, normal_linears_, unpatchify, xavier_linears_, xavier_patches_, zero_
-from ditloom.parts.positions import sincos_at
+from ditloom.parts.positions import sincos_at, stretched_grid
 from ditloom.parts.segments import check_streams, join, modulation
 from ditloom.sites.visit import take_rows, visit
 
@@ -307,17 +307,6 @@ class PixArt(Backbone):
             "prepare": prepare,
             "head": self.final_layer.macs(image),
         }
-
-
-@lru_cache(maxsize=64)
-def stretched_grid(
-    height: int, width: int, span: float, channels: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Sine-cosine positions of a grid whose coordinates run from 0 to `span` along both axes: [height * width, D]."""
-    # in float32, as where the published weights were trained
-    rows, columns = (torch.arange(n, dtype=torch.float32, device="cpu") / (n / span) for n in (height, width))
-    places = torch.stack([rows.repeat_interleave(width), columns.repeat(height)], dim=1)
-    return sincos_at(places, channels).to(device=device, dtype=dtype)
 
 
 def _xl(image_size: int, **more: Any) -> PixArtConfig:

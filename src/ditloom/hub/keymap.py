@@ -46,6 +46,16 @@ class Same(Change):
         return theirs
 
 
+class SingleFrame(Change):
+    """A 3-D kernel of one frame, [D, C, 1, p, p], as a 2-D kernel [D, C, p, p]; a bias stays."""
+
+    def out(self, ours: Tensor) -> Tensor:
+        return ours.squeeze(2) if ours.ndim == 5 else ours
+
+    def back(self, theirs: Tensor, like: Tensor) -> Tensor:
+        return theirs.reshape(like.shape)
+
+
 class SwapHalves(Change):
     """(shift, scale) to (scale, shift) along the rows, and back."""
 
@@ -87,7 +97,7 @@ class Pointwise(Change):
 
 
 SAME, SWAP, FLAT, LINEAR = Same(), SwapHalves(), FlatTable(), Flat2d()
-POINTWISE = Pointwise()
+POINTWISE, FRAME = Pointwise(), SingleFrame()
 
 
 class Entry(ABC):
@@ -174,6 +184,18 @@ class Fuse(Entry):
 
 
 @dataclass(frozen=True)
+class PlacedFuse(Fuse):
+    """`Fuse` in a model whose blocks they do not number through; `places` as in `Placed`."""
+
+    places: Callable[[Any], Mapping[int, Mapping[str, Any]]] = field(default=lambda config: {}, compare=False)
+
+    def claims(self, name: str, config: Any) -> dict[str, Any] | None:
+        found = super().claims(name, config)
+        place = self.places(config).get(int(found["i"])) if found else None
+        return None if found is None or place is None else {**found, **place}
+
+
+@dataclass(frozen=True)
 class Part(Entry):
     """One of ours is the first or last part of one of theirs, along an axis; the other part has an entry of its own."""
 
@@ -195,6 +217,27 @@ class Part(Entry):
     def back(self, found: Mapping[str, Any], theirs: Mapping[str, Tensor], like: Tensor, config: Any) -> Tensor:
         whole, size = theirs[self.theirs.format(**found)], like.shape[self.axis]
         return whole.narrow(self.axis, whole.shape[self.axis] - size if self.last else 0, size).contiguous()
+
+
+@dataclass(frozen=True)
+class Experts(Entry):
+    """They keep experts apart, numbered {e}, where ours are stacked; several of theirs stand one above the other."""
+
+    theirs: tuple[str, ...]
+    ours: str
+    where: Where | None = None
+    from_zero: bool = False
+
+    def out(self, found: Mapping[str, Any], ours: Tensor, config: Any) -> Tensors:
+        return {
+            name.format(**found, e=e): part
+            for e, expert in enumerate(ours)
+            for name, part in zip(self.theirs, expert.chunk(len(self.theirs)), strict=True)
+        }
+
+    def back(self, found: Mapping[str, Any], theirs: Mapping[str, Tensor], like: Tensor, config: Any) -> Tensor:
+        experts = [[theirs[name.format(**found, e=e)] for name in self.theirs] for e in range(len(like))]
+        return torch.stack([torch.cat(parts) for parts in experts])
 
 
 @dataclass(frozen=True)

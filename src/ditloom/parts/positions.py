@@ -44,6 +44,20 @@ def grid_positions(*sizes: int) -> Tensor:
     return torch.stack([axis.reshape(-1) for axis in axes], dim=1).to(torch.float64)
 
 
+@lru_cache(maxsize=64)
+def stretched_grid(
+    height: int, width: int, span: float, channels: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Sine-cosine positions of a grid whose coordinates run from 0 to `span` along both axes: [height * width, D].
+
+    As PixArt has them: every size and aspect ratio is stretched to the range of the training size.
+    """
+    # in float32, as where the published weights were trained
+    rows, columns = (torch.arange(n, dtype=torch.float32, device="cpu") / (n / span) for n in (height, width))
+    places = torch.stack([rows.repeat_interleave(width), columns.repeat(height)], dim=1)
+    return sincos_at(places, channels).to(device=device, dtype=dtype)
+
+
 def with_axes(positions: Tensor, axes: int) -> Tensor:
     """Coordinates [n, k] as [n, axes]: those that come before the given ones are 0."""
     n, given = positions.shape
