@@ -205,8 +205,11 @@ class Mixing(Handler):
         moved = memo.get("moved", [])
         if self.settings.tau == 0 or memo.get("used"):
             return []
-        span = f"; from one computed step to the next the output moved {min(moved):.3g} to {max(moved):.3g}"
-        return [f"mixcache computed every step: its trigger never fired{span if moved else ''}"]
+        if not moved:
+            return ["mixcache computed every step: the run was over before its trigger could fire"]
+        span = f"{min(moved):.3g} to {max(moved):.3g}"
+        moves = f"from one computed step to the next the output moved {span}"
+        return [f"mixcache computed every step: its trigger never fired; {moves}"]
 
 
 def _chosen(clock: Clock, memo: Mapping[str, Any]) -> str:

@@ -8,8 +8,16 @@ from ditloom.contracts.errors import UnknownName
 from ditloom.contracts.registries import METHODS
 from ditloom.measure.comparison.candidates import CONTROL
 
-CURATED: Mapping[str, tuple[str, ...]] = {}
-"""Settings by method, where the published defaults are not what one would begin with on a small model."""
+CURATED: Mapping[str, tuple[str, ...]] = {
+    "dbcache": ("dbcache:first=2,warmup=4,threshold=0.12",),
+    "dbprune": ("dbprune:first=1,warmup=4",),
+    "fbcache": ("fbcache", "fbcache:threshold=0.15"),
+    "fora": ("fora:interval=2", "fora"),
+    "guidance-gate": ("guidance-gate", "guidance-gate:start=0.7"),
+    "taylorseer": ("taylorseer:interval=2,order=1", "taylorseer:interval=3,order=1", "taylorseer"),
+    "teacache": ("teacache:threshold=0.05", "teacache:threshold=0.1"),
+}
+"""Settings by method, where the published defaults alone are not what one would begin with on a model of few blocks."""
 
 
 def caches() -> list[str]:
