@@ -16,7 +16,7 @@ from ditloom.contracts.streams import Context, Streams
 from ditloom.sites.run import Run
 from ditloom.sites.surface import Surface
 from tests.sites import toys
-from tests.sites.driving import by_hand, by_run
+from tests.sites.driving import by_hand, by_run, follow, start
 
 LAYOUTS = ("dit", "mmdit", "u-toy")
 
@@ -96,6 +96,17 @@ def planning(run: Run, rows: int = 4) -> int:
     """MACs of the embedding from which a run is planned, which a run without methods does not need."""
     assert run.program is not None
     return run.program.surface.entry * rows
+
+
+def waits(method: Method, model: Backbone) -> int:
+    """How often a run under a method waits for the device, beyond what a plain run does."""
+    counted = []
+    for handlers in ([], [bound(method, model)]):
+        run = start(model, handlers)
+        with Waits() as seen:
+            follow(run)
+        counted.append(seen.count)
+    return counted[1] - counted[0]
 
 
 class Waits(TorchDispatchMode):

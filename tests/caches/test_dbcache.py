@@ -9,10 +9,12 @@ import torch
 
 from ditloom.caches.dbcache import DBCache
 from ditloom.caches.fbcache import FBCache
+from ditloom.contracts.clock import Clock
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.method import mean_change
+from ditloom.contracts.plan import Action
 from ditloom.contracts.streams import Context, Streams
-from tests.caches.deciding import ByHand, drawn, first_residual, planning, reused
+from tests.caches.deciding import ByHand, bound, drawn, first_residual, planning, reused, surface
 from tests.sites import toys
 from tests.sites.driving import STEPS, by_run, same
 
@@ -85,6 +87,42 @@ def test_a_forecast_of_the_change_stays_closer_in_a_smooth_part() -> None:
     forecast, other = drawn(DBCache(**settings, predictor="taylor:order=1"), model)
     assert reused(run) == reused(other) == [3, 5]
     assert (forecast - plain).norm() < (held - plain).norm()
+
+
+def golden_residuals() -> list[torch.Tensor]:
+    """Twenty residuals [1, 8, 8] that settle down and then swing, by formula."""
+    at = torch.arange(64, dtype=torch.float64).reshape(1, 8, 8)
+    decay = [2.7 * torch.exp(torch.tensor(-s / 4, dtype=torch.float64)) for s in range(20)]
+    return [(torch.sin(0.37 * at + d) + 0.15 * torch.cos(0.11 * at * s)).float() for s, d in enumerate(decay)]
+
+
+MASK = "6/2/2/2/2/2/2/1/1"
+
+
+@pytest.mark.parametrize(
+    "settings, computed",
+    [
+        ({"threshold": 0.15}, [*range(20)]),
+        ({"threshold": 0.2}, [*range(8), 9, 11, 14, 19]),
+        ({"threshold": 0.3}, [0, 1, 2, 3, 5, 7, 11]),
+        ({"threshold": 0.3, "warmup": 4, "max_consecutive": 2}, [0, 1, 2, 3, 5, 7, 10, 13, 16, 19]),
+        ({"threshold": 0.3, "warmup": 2, "max_total": 5}, [0, 1, 2, 3, 5, 7, *range(11, 20)]),
+        ({"threshold": 0.3, "max_accumulated": 3.0}, [0, 1, 2, 3, 5, 7, *range(10, 20)]),
+        ({"threshold": 0.2, "warmup": 2, "mask": MASK}, [*range(10), 11, 12, 13, 16, 17, 19]),
+        ({"threshold": 0.12, "warmup": 2, "mask": MASK, "policy": "static"}, [*range(6), 8, 9, 12, 13, 16, 17, 19]),
+    ],
+)
+def test_golden_decisions(settings: dict[str, Any], computed: list[int]) -> None:
+    """Steps that the context manager of cache-dit 1.5.3 computed when it was shown these residuals."""
+    model = toys.make("dit")
+    handler = bound(DBCache(**{"first": 1, "warmup": 0, **settings}), model)
+    site, memo, found = surface(model).range(1, 5), {}, []  # type: ignore[var-annotated]
+    (probe,) = handler.probes(site)
+    for s, residual in enumerate(golden_residuals()):
+        clock = Clock(s, 20)
+        if handler.decide(site, {probe: residual}, clock, bool(found), memo) is Action.COMPUTE:
+            found.append(s)
+    assert found == computed
 
 
 def test_refusals() -> None:

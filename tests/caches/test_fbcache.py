@@ -13,9 +13,9 @@ from ditloom.contracts.method import mean_change
 from ditloom.contracts.plan import Action
 from ditloom.contracts.streams import Context, Streams
 from ditloom.sites.compiling import compile_blocks
-from tests.caches.deciding import LAYOUTS, ByHand, Waits, bound, drawn, first_residual, planning, reused
+from tests.caches.deciding import LAYOUTS, ByHand, drawn, first_residual, planning, reused, waits
 from tests.sites import toys
-from tests.sites.driving import STEPS, by_run, follow, same, start
+from tests.sites.driving import STEPS, by_run, same
 
 THRESHOLDS = (0.25, 0.3, 0.4)
 
@@ -96,10 +96,7 @@ def test_what_never_and_always_reuses_is_told() -> None:
 def test_one_wait_a_decision() -> None:
     """The first step has nothing to decide."""
     model = toys.make("mmdit")
-    run = start(model, [bound(FBCache(threshold=0.3), model)])
-    with Waits() as waits:
-        follow(run)
-    assert waits.count == STEPS - 1
+    assert waits(FBCache(threshold=0.3), model) == STEPS - 1
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
