@@ -56,10 +56,12 @@ class Block(nn.Module):
 
     `plan` says what to compute, reuse, edit and capture; tensors to use come in `given` (a long skip as
     given["skip"]); captured tensors and auxiliary values go out in `kept`. Nothing else is read or written.
+    auxiliary: values [B, ...] that a plan may ask for and that are no tokens (what a balance loss is made of).
     """
 
     sites: ClassVar[tuple[str, ...]] = ()
     stages: tuple[str, ...] = ()
+    auxiliary: ClassVar[tuple[str, ...]] = ()
     boundaries: ClassVar[Mapping[str, str]] = {}
     row_sites: ClassVar[tuple[str, ...]] = ()
     is_transition: ClassVar[bool] = False

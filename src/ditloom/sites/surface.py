@@ -127,7 +127,7 @@ class Surface:
             return self.flat[index] in self.backbone.skips.values() and "skip" not in self.backbone.missing
         if stage == "attend":
             return "attn" in block.sites and "attend" not in self.backbone.missing
-        return stage in ("block_in", "block_out") or stage in block.stages or stage in block.sites
+        return stage in ("block_in", "block_out", *block.stages, *block.sites, *block.auxiliary)
 
     def range(self, i: int, j: int) -> Site:
         """The site from block i to block j; refused when a long skip crosses its border."""

@@ -73,12 +73,12 @@ class Visit:
         return edited_at(self.layout.slice(edit.segment), edit.op, x, given, edit.number, rows)
 
     def wants(self, stage: str) -> bool:
-        """Whether a costly stage (attention logits) must be materialised."""
-        return stage in self.plan.keep
+        """Whether a costly stage (attention logits) or an auxiliary value must be materialised."""
+        return any(name.partition("@")[0] == stage for name in self.plan.keep)
 
     def keep(self, stage: str, value: Any) -> None:
-        """Hand out a value that is only materialised on request."""
-        self.kept[stage] = value
+        """Hand out a value that is only materialised on request, under the names it was asked for."""
+        self.kept.update({name: value for name in self.plan.keep if name.partition("@")[0] == stage})
 
     @property
     def extra_keys(self) -> tuple[Tensor, Tensor] | None:
