@@ -25,13 +25,12 @@ from ditloom.contracts.time import FLOW_1000, TimeInput
 from ditloom.parts import attention, cost
 from ditloom.parts.attention_kinds import self_attention
 from ditloom.parts.checks import check_rows, check_text
-from ditloom.parts.embedders import LabelEmbedding, sinusoid
+from ditloom.parts.embedders import LabelEmbedding, sinusoid, time_mlp
 from ditloom.parts.feed_forward import MLP
 from ditloom.parts.norms import LayerNorm
 from ditloom.parts.patches import PatchEmbed, unpatchify
-from ditloom.parts.positions import grid_positions
 from ditloom.parts.segments import check_streams, join
-from ditloom.parts.tables import interpolated
+from ditloom.parts.tables import add_learned
 from ditloom.sites.rules import with_padding
 from ditloom.sites.visit import take_rows, visit
 
@@ -175,7 +174,7 @@ class UViT(Backbone):
         width, half = config.width, config.depth // 2
         grid = config.image_size // config.patch
         self.x_embedder = PatchEmbed(config.patch, config.channels, width)
-        self.t_embedder = _time_mlp(width) if config.time_mlp else nn.Identity()
+        self.t_embedder = time_mlp(width) if config.time_mlp else nn.Identity()
         self.y_embedder = LabelEmbedding(config.classes, width, config.null_class) if config.classes else None
         self.text_embedder = nn.Linear(config.text_width, width) if config.text_width else None
         self.pos_embed = nn.Parameter(torch.zeros(1, sum(s.length for s in config.prefix) + grid**2, width))
@@ -250,11 +249,7 @@ class UViT(Backbone):
 
     def _add_positions(self, tokens: Tensor, grid: tuple[int, int], positions: Tensor | None) -> Tensor:
         side = self.preset.image_size // self.preset.patch
-        table = self.pos_embed[0, -(side**2) :]
-        if positions is None and grid == (side, side):
-            return tokens + table
-        places = positions if positions is not None else grid_positions(*grid)
-        return tokens + interpolated(table.unflatten(0, (side, side)), places)
+        return add_learned(self.pos_embed[0, -(side**2) :], tokens, grid, positions)
 
     def head(self, streams: Streams, context: Context) -> Tensor:
         tokens = self.linear(self.norm(streams.segment("image")))
@@ -275,10 +270,6 @@ class UViT(Backbone):
         pixels = image * self.preset.patch**2
         final = cost.convolution(self.final_layer, pixels) if isinstance(self.final_layer, nn.Conv2d) else 0
         return {"embed": embed, "head": cost.linear(self.linear, image) + final}
-
-
-def _time_mlp(width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
 
 
 def _classes(depth: int, width: int, heads: int, **more: Any) -> UViTConfig:

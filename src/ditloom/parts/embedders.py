@@ -85,3 +85,8 @@ class TextEmbedding(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         return self.fc2(nn.functional.gelu(self.fc1(text), approximate="tanh"))
+
+
+def time_mlp(width: int) -> nn.Sequential:
+    """linear -> SiLU -> linear through four times the width, for a sinusoid [..., D] that becomes a token."""
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))

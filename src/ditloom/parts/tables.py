@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ditloom.contracts.errors import UserError
-from ditloom.parts.positions import sincos_1d
+from ditloom.parts.positions import grid_positions, sincos_1d
 
 
 class CroppedTable(nn.Module):
@@ -54,3 +54,12 @@ def interpolated(table: Tensor, positions: Tensor) -> Tensor:
     above = table[top, left] * (1 - across) + table[top, right] * across
     below = table[bottom, left] * (1 - across) + table[bottom, right] * across
     return above * (1 - down) + below * down
+
+
+def add_learned(table: Tensor, tokens: Tensor, grid: tuple[int, int], positions: Tensor | None = None) -> Tensor:
+    """tokens [B, n, D] plus a learned table [side * side, D]: of its own grid, or at (row, column) positions [n, 2]."""
+    side = round(len(table) ** 0.5)
+    if positions is None and grid == (side, side):
+        return tokens + table
+    places = positions if positions is not None else grid_positions(*grid)
+    return tokens + interpolated(table.unflatten(0, (side, side)), places)

@@ -41,7 +41,7 @@ class UViTStateDict(Format):
 
     def recognises(self, foreign: Foreign) -> bool:
         tops = {key.partition(".")[0] for key in foreign.tensors}
-        return {"in_blocks", "mid_block", "out_blocks"} <= tops
+        return {"in_blocks", "mid_block", "out_blocks", "decoder_pred"} <= tops
 
     def config(self, foreign: Foreign) -> UViTConfig:
         keys = foreign.tensors
