@@ -164,7 +164,17 @@ def test_counted_macs_are_the_executed_ones(backbone: Backbone) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["lightning-dit", "u-vit-text", "mmdit-dual", "pixart-sigma-compressed", "hunyuan-dit", "flux"]
+    "name",
+    [
+        "lightning-dit",
+        "u-vit-text",
+        "mmdit-dual",
+        "pixart-sigma-compressed",
+        "hunyuan-dit",
+        "flux",
+        "latte-text",
+        "wan",
+    ],
 )
 def test_compiled_blocks_compute_the_same_in_one_graph_per_kind(name: str) -> None:
     backbone = make(name)

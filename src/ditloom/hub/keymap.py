@@ -56,6 +56,16 @@ class SingleFrame(Change):
         return theirs.reshape(like.shape)
 
 
+class Unbatched(Change):
+    """A table [n, D] as [1, n, D]."""
+
+    def out(self, ours: Tensor) -> Tensor:
+        return ours[None]
+
+    def back(self, theirs: Tensor, like: Tensor) -> Tensor:
+        return theirs.reshape(like.shape)
+
+
 class SwapHalves(Change):
     """(shift, scale) to (scale, shift) along the rows, and back."""
 
@@ -97,7 +107,7 @@ class Pointwise(Change):
 
 
 SAME, SWAP, FLAT, LINEAR = Same(), SwapHalves(), FlatTable(), Flat2d()
-POINTWISE, FRAME = Pointwise(), SingleFrame()
+POINTWISE, FRAME, TABLE = Pointwise(), SingleFrame(), Unbatched()
 
 
 class Entry(ABC):
