@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from ditloom.contracts import registries
+from ditloom.contracts.backbone import on_paper
 from ditloom.contracts.registry import Registry
 from ditloom.model import family_presets, presets
 
@@ -68,11 +69,7 @@ def preset_table() -> Iterator[str]:
     """Every published size with its exact counts."""
     yield from ("## Published sizes", "", "| name | family | parameters | GMACs | tokens |", "|---|---|---|---|---|")
     for name, config in presets().items():
-        with torch.device("meta"):
-            net = config.build()
-            x, t, condition = net.example(1, device="meta")
-            streams, _ = net.embed(x, net.preset.time.native(t), net.prepare(condition))
-        layout = streams.layout
+        net, layout = on_paper(config)
         macs = net.macs(layout) / 1e9
         yield f"| {name} | {config.family} | {net.learned_parameters():,} | {macs:.2f} | {layout.length()} |"
 
@@ -90,8 +87,7 @@ def portraits() -> str:
     ]
     for family in registries.BACKBONES.names():
         name, config = next(iter(family_presets(registries.BACKBONES.get(family)).items()))
-        with torch.device("meta"):
-            net = config.build()
+        net, _ = on_paper(config)
         blocks = Counter(type(block).__name__ for block in net.blocks)
         listed = ", ".join(f"{n} {kind}" for kind, n in blocks.items())
         sites = ", ".join(dict.fromkeys(site for block in net.blocks for site in block.sites))

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ditloom.contracts import rng
-from ditloom.contracts.backbone import Backbone, BackboneConfig
+from ditloom.contracts.backbone import Backbone, BackboneConfig, on_paper
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.errors import UserError
 from ditloom.data.fashion_mnist import FashionMnist
@@ -90,11 +90,8 @@ def config_of(family: str) -> BackboneConfig:
 
 def macs_of(config: BackboneConfig) -> int:
     """MACs of one forward of one image."""
-    with torch.device("meta"):
-        net = config.build()
-        x, t, condition = net.example(1, "meta")
-        streams, _ = net.embed(x, config.time.native(t), net.prepare(condition))
-    return net.macs(streams.layout)
+    net, layout = on_paper(config)
+    return net.macs(layout)
 
 
 @lru_cache

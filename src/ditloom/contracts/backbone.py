@@ -202,6 +202,15 @@ class Backbone(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
+def on_paper(config: BackboneConfig) -> tuple[Backbone, Layout]:
+    """A network without its weights, on the meta device, and the layout of an input of its native size."""
+    with torch.device("meta"):
+        backbone = config.build()
+    x, t, condition = backbone.example(1, "meta")
+    streams, _ = backbone.embed(x, config.time.native(t), backbone.prepare(condition))
+    return backbone, streams.layout
+
+
 def check_size(x: Tensor, channels: int, patch: int, family: str, because: str = "its patch") -> None:
     """One clear sentence when x [B, C, H, W] does not fit: wrong rank, channels, or not a multiple of the patch."""
     if x.ndim != 4:

@@ -72,19 +72,15 @@ def folder_row(folder: Path, name: str | None = None) -> dict[str, Any]:
 
 def counted(config: BackboneConfig) -> dict[str, Any]:
     """Family, paper and counts of a backbone, from its modules without their weights."""
-    import torch
-
+    from ditloom.contracts.backbone import on_paper
     from ditloom.contracts.registries import BACKBONES
 
-    with torch.device("meta"):
-        backbone = config.build()
-        x, t, condition = backbone.example(1, "meta")
-        streams, _ = backbone.embed(x, config.time.native(t), backbone.prepare(condition))
+    backbone, layout = on_paper(config)
     return {
         "family": config.family,
         "parameters": backbone.learned_parameters(),
-        "macs": backbone.macs(streams.layout),
-        "tokens": streams.layout.length(),
+        "macs": backbone.macs(layout),
+        "tokens": layout.length(),
         "paper": BACKBONES.info(config.family).paper,
     }
 
