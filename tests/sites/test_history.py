@@ -273,3 +273,18 @@ def test_a_predictor_may_ask_for_the_steps_of_the_run() -> None:
     script = {"attn(0)": [COMPUTE, *[REUSE] * 5]}
     asked, _ = by_run(toys.make("dit"), [Planned(script, Scheduled())])
     assert same(asked, by_run(toys.make("dit"), [Planned(script)])[0])
+
+
+@pytest.mark.parametrize("keys", [("a", "a"), ("a", "b"), ("b", "a")])
+def test_a_range_that_another_jumped_into_keeps_what_it_had(keys: tuple[str, str]) -> None:
+    """On step 1 the second range is reused, so that the first one never reaches its end: on step 2 it is 2 old."""
+    scripts = {"range(0,3)": [COMPUTE, COMPUTE, REUSE], "range(2,5)": [COMPUTE, REUSE, COMPUTE]}
+    line = Line()
+    if keys[0] == keys[1]:
+        handlers = [Planned(scripts, line)]
+    else:
+        handlers = [Planned({s: a}, line, key=k) for k, (s, a) in zip(keys, scripts.items(), strict=True)]
+    run = start(toys.make("dit"), handlers, steps=3)
+    follow(run)
+    assert line.given == [(1, (0,)), (2, (0,))]
+    assert run.report.counts["range(0,3)", "reuse"] == run.report.counts["range(2,5)", "reuse"] == 2

@@ -10,7 +10,7 @@ from ditloom.contracts.clock import Schedule
 from ditloom.contracts.method import Control, Handler, Probe, Steps, Tap
 from ditloom.contracts.plan import Action
 from ditloom.contracts.site import Site
-from ditloom.sites.combine import LEVELS, canonical, check, check_sites, check_taps
+from ditloom.sites.combine import LEVELS, canonical, check, check_sites, check_taps, rivals
 from ditloom.sites.edits import canonical_rank
 from ditloom.sites.fates import Fate, Outer, effect, fates, needed_later
 from ditloom.sites.store import Place
@@ -188,11 +188,22 @@ def _fates(controls: Controls, plans: Plans) -> list[tuple[str, Control, list[Fa
             for other, c, theirs in found
             if c.site.encloses(site) or (c.site.branch is not None and site.level != "run")
         ]
+        around += [_beside(c.site, plans[other]) for other, c in listed if _overlap(c.site, site)]
         actions = [step.get(site, Action.COMPUTE) for step in plans[key]]
         free = [Outer.FREE] * len(actions)
         outer = [max(effects, key=lambda o: o.value) for effects in zip(free, *around, strict=True)]
         found.append((key, control, fates(actions, outer, control.predictor)))
     return found
+
+
+def _overlap(a: Site, b: Site) -> bool:
+    """Ranges of which neither lies inside the other."""
+    return a.span is not None and b.span is not None and rivals(a, b) and not (a.encloses(b) or b.encloses(a) or a == b)
+
+
+def _beside(site: Site, plan: Steps) -> list[Outer]:
+    """What a range does to one that it overlaps: while it is jumped over, the other may not reach its end."""
+    return [Outer.FREE if step.get(site, Action.COMPUTE) is Action.COMPUTE else Outer.PERHAPS for step in plan]
 
 
 def _depth(site: Site) -> tuple[int, int]:
