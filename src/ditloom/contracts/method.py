@@ -188,7 +188,7 @@ class Assets:
     tensors: Mapping[str, Tensor]
     made_for: Mapping[str, Any] = field(default_factory=dict)
 
-    def check(self, method: str, **now: Any) -> None:
+    def check(self, method: str, /, **now: Any) -> None:
         """Refuse use with another model, process, sampler, step count or guidance."""
         from ditloom.contracts.errors import UserError
 

@@ -88,9 +88,9 @@ class Calibrate(Command):
     def _inputs(self, model: Model) -> list[Input]:
         if self.prompt or self.prompts or self.classes:
             given = inputs_of(model, self.prompt, self.prompts, self.classes)
-        else:
-            given = usual_inputs(model, self.count)
-        return [given[i % len(given)] for i in range(max(self.count, len(given)))]
+            return [given[i % len(given)] for i in range(max(self.count, len(given)))]
+        usual = usual_inputs(model, self.count)
+        return [usual[i % len(usual)] for i in range(self.count)]
 
     def _answer(self, found: Calibration, written: dict[str, Path]) -> Answer:
         from ditloom.measure.calibrate import flat_part
