@@ -22,7 +22,12 @@ from ditloom.sites.surface import Surface
 CODEBOOK = ((0.03, 12), (0.05, 10), (0.07, 8), (0.09, 6), (0.11, 4), (1.0, 3))
 
 
-@register("adacache", paper="Adaptive Caching, arXiv 2411.02397", family="caches")
+@register(
+    "adacache",
+    paper="Adaptive Caching, arXiv 2411.02397",
+    family="caches",
+    plain="Looks after each full step how fast things change, and skips more steps the slower they do.",
+)
 @dataclass(frozen=True, kw_only=True)
 class AdaCache(Guards, Method):
     """After a computed step, a codebook says how far the next one is: its rate r reuses the r - 1 steps in between.

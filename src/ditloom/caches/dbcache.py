@@ -25,7 +25,12 @@ from ditloom.contracts.site import Site
 from ditloom.sites.surface import Surface
 
 
-@register("dbcache", paper="Cache-DiT: dual block cache", family="caches")
+@register(
+    "dbcache",
+    paper="Cache-DiT: dual block cache",
+    family="caches",
+    plain="Runs the first few blocks, and skips the middle ones while the first change their input as they did before.",
+)
 @dataclass(frozen=True, kw_only=True)
 class DBCache(Guards, Method):
     """Reuse ``R = h_{L-B} - h_F`` while ``relL1(r, r*) < threshold``, with r = h_F - h_0 and r* its last computed one.

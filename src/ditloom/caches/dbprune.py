@@ -23,7 +23,12 @@ from ditloom.sites.surface import Surface
 RECENT = 5
 
 
-@register("dbprune", paper="Cache-DiT: dynamic block prune", family="caches")
+@register(
+    "dbprune",
+    paper="Cache-DiT: dynamic block prune",
+    family="caches",
+    plain="Skips any block whose input is still like the one it last worked on, and adds the change it made then.",
+)
 @dataclass(frozen=True, kw_only=True)
 class DBPrune(Guards, Method):
     """Block l is replaced by its stored change while what enters it is like what entered when it last ran.

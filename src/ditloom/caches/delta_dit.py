@@ -16,7 +16,10 @@ from ditloom.sites.surface import Surface
 
 
 @register(
-    "delta-dit", paper="Δ-DiT: Training-Free Acceleration of Diffusion Transformers, arXiv 2406.01125", family="caches"
+    "delta-dit",
+    paper="Δ-DiT: Training-Free Acceleration of Diffusion Transformers, arXiv 2406.01125",
+    family="caches",
+    plain="Every other step skips a range of blocks, first late and then early ones, and adds their last change.",
 )
 @dataclass(frozen=True, kw_only=True)
 class DeltaDiT(Method):

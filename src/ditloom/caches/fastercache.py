@@ -23,6 +23,7 @@ KINDS = ("attn", "temporal")
     "fastercache",
     paper="FasterCache: Training-Free Video Diffusion Model Acceleration, arXiv 2410.19355",
     family="caches",
+    plain="Extrapolates attention on every other step, and mostly computes only the half with the prompt.",
 )
 @dataclass(frozen=True, kw_only=True)
 class FasterCache(Method):

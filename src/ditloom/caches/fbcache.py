@@ -14,7 +14,12 @@ from ditloom.contracts.registry import register
 from ditloom.sites.surface import Surface
 
 
-@register("fbcache", paper="ParaAttention: First-Block Cache", family="caches")
+@register(
+    "fbcache",
+    paper="ParaAttention: First-Block Cache",
+    family="caches",
+    plain="Runs the first block, and skips all others while that one changes its input as when they last ran.",
+)
 @dataclass(frozen=True, kw_only=True)
 class FBCache(Guards, Method):
     """Reuse ``R = h_L - h_1`` while ``mean|r* - r| / mean|r*| < threshold``, with r = h_1 - h_0.

@@ -13,7 +13,12 @@ from ditloom.contracts.registry import register
 from ditloom.sites.surface import Surface
 
 
-@register("fewer-steps", paper="the control: the same sampler with fewer steps", family="caches")
+@register(
+    "fewer-steps",
+    paper="the control: the same sampler with fewer steps",
+    family="caches",
+    plain="No cache at all: the sampler takes fewer steps. What every cache has to beat.",
+)
 @dataclass(frozen=True, kw_only=True)
 class FewerSteps(Method):
     """The same run in fewer steps, and nothing else: what a cache has to beat at equal cost.

@@ -14,7 +14,10 @@ from ditloom.sites.surface import Surface
 
 
 @register(
-    "fora", paper="FORA: Fast-Forward Caching in Diffusion Transformer Acceleration, arXiv 2407.01425", family="caches"
+    "fora",
+    paper="FORA: Fast-Forward Caching in Diffusion Transformer Acceleration, arXiv 2407.01425",
+    family="caches",
+    plain="Computes all attentions and feed-forwards every few steps and repeats their outputs in between.",
 )
 @dataclass(frozen=True, kw_only=True)
 class Fora(Method):

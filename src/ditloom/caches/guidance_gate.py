@@ -19,6 +19,7 @@ from ditloom.sites.surface import Surface
     "guidance-gate",
     paper="FastVideo's guidance gate, after Adaptive Guidance: Training-free Acceleration, arXiv 2312.12487",
     family="caches",
+    plain="Late in the run, computes only the half with the prompt and keeps its last difference to the half without.",
 )
 @dataclass(frozen=True, kw_only=True)
 class GuidanceGate(Method):

@@ -14,6 +14,7 @@ from ditloom.contracts.registry import register
     "harmonica",
     paper="HarmoniCa: Harmonizing Training and Inference for Better Feature Cache, arXiv 2410.01723",
     family="caches",
+    plain="Reuses attentions and feed-forwards by a timetable that was learned on whole runs of this model.",
 )
 @dataclass(frozen=True, kw_only=True)
 class HarmoniCa(Routed):

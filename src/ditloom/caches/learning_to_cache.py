@@ -15,6 +15,7 @@ from ditloom.contracts.registry import register
     "learning-to-cache",
     paper="Learning-to-Cache: Accelerating Diffusion Transformer via Layer Caching, arXiv 2406.01733",
     family="caches",
+    plain="Reuses attentions and feed-forwards of the step before by a timetable that was learned for this model.",
 )
 @dataclass(frozen=True, kw_only=True)
 class LearningToCache(Routed):

@@ -28,7 +28,12 @@ FLUX = (
 RATIO = "ratio"
 
 
-@register("magcache", paper="MagCache, arXiv 2506.09045", family="caches")
+@register(
+    "magcache",
+    paper="MagCache, arXiv 2506.09045",
+    family="caches",
+    plain="Skips the whole network on steps where a table made beforehand says that its change hardly differs in size.",
+)
 @dataclass(frozen=True, kw_only=True)
 class MagCache(Guards, Calibrated):
     """Reuse the change R of the whole stack while ``E = sum |1 - prod gamma| < threshold``, known before the run.

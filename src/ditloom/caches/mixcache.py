@@ -33,7 +33,12 @@ FORGIVEN, MOST = 1.5, 4.0
 """How much a grain's penalty grows by use and shrinks by the use of another, and its limit."""
 
 
-@register("mixcache", paper="MixCache, arXiv 2508.12691 (reconstruction)", family="caches")
+@register(
+    "mixcache",
+    paper="MixCache, arXiv 2508.12691 (reconstruction)",
+    family="caches",
+    plain="Once the picture has settled, skips on each step what harms least: the step, the guidance or some blocks.",
+)
 @dataclass(frozen=True, kw_only=True)
 class MixCache(Guards, Method):
     """One computed step, then up to interval - 1 cached ones, each by the grain that is expected to do least harm.

@@ -18,7 +18,12 @@ from ditloom.sites.surface import Surface
 KINDS = {"spatial": "attn", "temporal": "temporal", "cross": "cross"}
 
 
-@register("pab", paper="Real-Time Video Generation with Pyramid Attention Broadcast, arXiv 2408.12588", family="caches")
+@register(
+    "pab",
+    paper="Real-Time Video Generation with Pyramid Attention Broadcast, arXiv 2408.12588",
+    family="caches",
+    plain="In the calm middle of the run, computes attention only every few steps and repeats it in between.",
+)
 @dataclass(frozen=True, kw_only=True)
 class PyramidAttentionBroadcast(Method):
     """In the flat middle of a run each attention is computed every n-th step and broadcast to the others.

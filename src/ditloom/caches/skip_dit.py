@@ -15,7 +15,10 @@ from ditloom.sites.surface import Surface
 
 
 @register(
-    "skip-dit", paper="Accelerating Vision Diffusion Transformers with Skip Branches, arXiv 2411.17616", family="caches"
+    "skip-dit",
+    paper="Accelerating Vision Diffusion Transformers with Skip Branches, arXiv 2411.17616",
+    family="caches",
+    plain="On most steps runs only the outermost blocks of a network with long skips, and keeps the inner result.",
 )
 @dataclass(frozen=True, kw_only=True)
 class SkipCache(Method):

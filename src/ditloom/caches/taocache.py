@@ -30,7 +30,12 @@ from ditloom.sites.surface import Surface
 TABLE = ("cosine", "ratio", "size")
 
 
-@register("taocache", paper="TaoCache, arXiv 2508.08978 (reconstruction)", family="caches")
+@register(
+    "taocache",
+    paper="TaoCache, arXiv 2508.08978 (reconstruction)",
+    family="caches",
+    plain="Late in the run, skips the whole network and predicts its output from the last two, by a table.",
+)
 @dataclass(frozen=True, kw_only=True)
 class TaoCache(Guards, Calibrated):
     """Skip the whole network late: ``e_s = e_{s-1} + d_s`` with ``d_s = alpha_s d_{s-1}`` and e its output.

@@ -14,7 +14,12 @@ from ditloom.contracts.registry import register
 from ditloom.sites.surface import Surface
 
 
-@register("taylorseer", paper="From Reusing to Forecasting: TaylorSeers, arXiv 2503.06923", family="caches")
+@register(
+    "taylorseer",
+    paper="From Reusing to Forecasting: TaylorSeers, arXiv 2503.06923",
+    family="caches",
+    plain="Computes attentions and feed-forwards every few steps and forecasts them in between from how they moved.",
+)
 @dataclass(frozen=True, kw_only=True)
 class TaylorSeer(Method):
     """Attentions and feed-forwards are computed every `interval`-th step and forecast on the others.

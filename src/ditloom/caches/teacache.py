@@ -27,7 +27,12 @@ IDENTITY = (1.0, 0.0)
 DEGREE = 4
 
 
-@register("teacache", paper="Timestep Embedding Tells, arXiv 2411.19108", family="caches")
+@register(
+    "teacache",
+    paper="Timestep Embedding Tells, arXiv 2411.19108",
+    family="caches",
+    plain="Skips the whole network while its input has moved little, and adds the change that it made the last time.",
+)
 @dataclass(frozen=True, kw_only=True)
 class TeaCache(Guards, Calibrated):
     """Reuse the change of the whole stack while ``A = sum_s p(relL1(z_s, z_{s-1})) < threshold``.

@@ -21,7 +21,12 @@ from ditloom.sites.codecs import HOLD, VALUE
 from ditloom.sites.surface import Surface
 
 
-@register("toca", paper="Token-wise Feature Caching (ToCa), arXiv 2410.05317", family="caches")
+@register(
+    "toca",
+    paper="Token-wise Feature Caching (ToCa), arXiv 2410.05317",
+    family="caches",
+    plain="Between full steps repeats attention, and recomputes the feed-forward only for the most important tokens.",
+)
 @dataclass(frozen=True, kw_only=True)
 class ToCa(Method):
     """Between full steps attentions are reused, and feed-forwards are computed for the most important tokens only.
