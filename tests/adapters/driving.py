@@ -53,7 +53,8 @@ def _apart(case: Case, run: Any, x: Tensor, t: float) -> Tensor:
 
 def blocks(case: Case) -> list[nn.Module]:
     """Its blocks in execution order."""
-    return [block for name in case.lists for block in getattr(case.module, name)]
+    lists = [list(getattr(case.module, name)) for name in case.lists]
+    return [b for turn in zip(*lists, strict=True) for b in turn] if case.turns else [b for part in lists for b in part]
 
 
 class HandMade:
@@ -82,23 +83,25 @@ class HandMade:
         original = self.blocks[index].forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            streams = self._streams(args, kwargs)
+            streams = [self._common(s, index) for s in self._streams(args, kwargs)]
             if index == 0:
                 self.entered = streams[0]
             if index == self.first:
-                self._decide(streams)
+                self._decide()
             if self.first <= index < self.end and not self.computed[-1]:
-                return self._returned([_plus(s, c) for s, c in zip(streams, self.change, strict=True)], index)
+                return self._returned([_plus(s, c) for s, c in zip(self.left, self.change, strict=True)], index)
             out = original(*args, **kwargs)
+            if index == self.first - 1:
+                self.left = [self._common(o, index) for o in self._taken(out)]
             if index == self.end - 1:
-                self.change = [_minus(o, s) for o, s in zip(self._taken(out), self.left, strict=True)]
+                taken = [self._common(o, index) for o in self._taken(out)]
+                self.change = [_minus(o, s) for o, s in zip(taken, self.left, strict=True)]
             return out
 
         return forward
 
-    def _decide(self, streams: list[Tensor]) -> None:
-        self.left = streams
-        residual = (streams[0] - self.entered)[:SAMPLES]
+    def _decide(self) -> None:
+        residual = (self.left[0] - self.entered)[:SAMPLES]
         if self.reference is not None:
             self.measured.append(float(mean_change(residual, self.reference)))
         reuse = self.reference is not None and self.measured[-1] < self.threshold
@@ -110,16 +113,24 @@ class HandMade:
         names = ("hidden_states", "encoder_hidden_states")[: len(self.case.order)]
         return [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names)]
 
+    def _common(self, x: Any, index: int, back: bool = False) -> Any:
+        """Tokens [B, F N, D], where blocks over a frame and blocks over time take turns; else as they are."""
+        if not self.case.turns or x is None:
+            return x
+        frames, batch, over_time = self.case.latent[1], 2 * SAMPLES, index % 2 == 1
+        if back:
+            x = x.reshape(batch, frames, -1, x.shape[-1])
+            return x.transpose(1, 2).flatten(0, 1) if over_time else x.flatten(0, 1)
+        x = x.reshape(batch, -1, *x.shape[1:])
+        return (x.transpose(1, 2) if over_time else x).flatten(1, 2)
+
     def _taken(self, out: Any) -> list[Any]:
         return [out] if len(self.case.order) == 1 else [out[i] for i in self.case.order]
 
     def _returned(self, streams: list[Any], index: int) -> Any:
-        """As the block returns them: the change at the first block left out, nothing at the others."""
-        if index > self.first:
-            streams = self._kept
-        self._kept = streams
+        """As the block returns them, each left out block the same."""
         if len(streams) == 1:
-            return streams[0]
+            return self._common(streams[0], index, back=True)
         return tuple(streams[self.case.order.index(i)] for i in range(len(streams)))
 
 

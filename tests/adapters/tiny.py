@@ -20,7 +20,7 @@ class Case:
     make: the module. latent: shape of one sample of x. condition: what one branch (0: cond, 1: uncond) tells for
     `samples` rows. always: arguments without rows. times: what it is called with. time: the dtype in which it comes.
     kinds: the in-block sites it must have. order: where a block returns (image, text), or (image,). lists: names of
-    its lists of blocks.
+    its lists of blocks. turns: whether these take turns.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Case:
     order: tuple[int, ...] = (0,)
     lists: tuple[str, ...] = ("transformer_blocks",)
     skips: bool = False
+    turns: bool = False
 
     @property
     def module(self) -> nn.Module:
@@ -145,6 +146,154 @@ def flux_ids() -> dict[str, Any]:
     return {"img_ids": torch.stack([0 * row, row, column], dim=1), "txt_ids": torch.zeros(6, 3)}
 
 
+def hunyuan_dit() -> nn.Module:
+    from diffusers import HunyuanDiT2DModel
+
+    return HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=16,
+        num_layers=6,
+        cross_attention_dim=12,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=10,
+        text_len=4,
+        text_len_t5=5,
+    )
+
+
+def two_texts(samples: int, draw: Callable[..., Tensor]) -> dict[str, Any]:
+    mask = torch.ones(samples, 4, dtype=torch.long)
+    mask[0, 3:] = 0
+    return {
+        "encoder_hidden_states": draw(samples, 4, 12),
+        "text_embedding_mask": mask,
+        "encoder_hidden_states_t5": draw(samples, 5, 16),
+        "text_embedding_mask_t5": torch.ones(samples, 5, dtype=torch.long),
+        "image_meta_size": torch.tensor([[64.0, 64, 64, 64, 0, 0]] * samples),
+        "style": torch.zeros(samples, dtype=torch.long),
+    }
+
+
+def rotary_table() -> dict[str, Any]:
+    angles = drawer(3)(16, 8)
+    return {"image_rotary_emb": (angles.cos(), angles.sin())}
+
+
+def sana() -> nn.Module:
+    from diffusers import SanaTransformer2DModel
+
+    return SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=5,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=12,
+        sample_size=4,
+        timestep_scale=0.5,
+    )
+
+
+def latte() -> nn.Module:
+    from diffusers import LatteTransformer3DModel
+
+    return LatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        cross_attention_dim=16,
+        attention_bias=True,
+        sample_size=8,
+        patch_size=2,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        caption_channels=12,
+        video_length=3,
+    )
+
+
+def cogvideox() -> nn.Module:
+    from diffusers import CogVideoXTransformer3DModel
+
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=10,
+        text_embed_dim=12,
+        num_layers=5,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=9,
+        patch_size=2,
+        max_text_seq_length=6,
+        use_rotary_positional_embeddings=True,
+    )
+
+
+def wan() -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=12,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=5,
+        rope_max_seq_len=16,
+    )
+
+
+def hunyuan_video() -> nn.Module:
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    return HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        num_single_layers=3,
+        num_refiner_layers=1,
+        patch_size=2,
+        patch_size_t=1,
+        text_embed_dim=12,
+        pooled_projection_dim=10,
+        rope_axes_dim=(4, 4, 4),
+    )
+
+
+def words(samples: int, draw: Callable[..., Tensor]) -> dict[str, Any]:
+    return {"encoder_hidden_states": draw(samples, 6, 12)}
+
+
+def masked(samples: int, draw: Callable[..., Tensor]) -> dict[str, Any]:
+    mask = torch.ones(samples, 6, dtype=torch.long)
+    mask[0, 4:] = 0
+    return {**guided(samples, draw), "encoder_attention_mask": mask}
+
+
+def video_table() -> dict[str, Any]:
+    angles = drawer(3)(48, 8)
+    return {"image_rotary_emb": (angles.cos(), angles.sin())}
+
+
 DISCRETE = (999.0, 800.0, 600.0, 400.0, 200.0, 50.0)
 
 
@@ -196,5 +345,50 @@ CASES = {
             order=(1, 0),
             lists=("transformer_blocks", "single_transformer_blocks"),
         ),
+        Case(
+            "hunyuan-dit",
+            hunyuan_dit,
+            (4, 8, 8),
+            two_texts,
+            DISCRETE,
+            ("attn", "cross", "mlp"),
+            always=rotary_table,
+            lists=("blocks",),
+            skips=True,
+        ),
+        Case(
+            "latte",
+            latte,
+            (4, 3, 8, 8),
+            words,
+            DISCRETE,
+            ("attn", "cross", "mlp", "temporal"),
+            time=torch.int64,
+            lists=("transformer_blocks", "temporal_transformer_blocks"),
+            turns=True,
+        ),
+        Case(
+            "cogvideox",
+            cogvideox,
+            (3, 4, 8, 8),
+            words,
+            DISCRETE,
+            ("attn", "mlp"),
+            always=video_table,
+            time=torch.int64,
+            order=(0, 1),
+        ),
+        Case("wan", wan, (4, 3, 8, 8), words, FLOWING, ("attn", "cross", "mlp"), lists=("blocks",)),
+        Case(
+            "hunyuan-video",
+            hunyuan_video,
+            (4, 3, 8, 8),
+            masked,
+            FLOWING,
+            ("attn", "mlp"),
+            order=(0, 1),
+            lists=("transformer_blocks", "single_transformer_blocks"),
+        ),
+        Case("sana", sana, (4, 4, 4), caption, tuple(t / 2 for t in FLOWING), ("attn", "cross", "mlp")),
     )
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -30,8 +30,8 @@ class BasicBlock(ForeignBlock):
     Read from `context.shared`: timestep, class_labels, encoder_hidden_states and masks, as the block takes them.
     """
 
-    sites: tuple[str, ...] = ("attn", "mlp")  # type: ignore[misc]
-    stages = ("modulated_in", "ff_hidden")
+    sites: ClassVar[tuple[str, ...]] = ("attn", "mlp")
+    stages: ClassVar[tuple[str, ...]] = ("modulated_in", "ff_hidden")
     row_sites = ("mlp",)
     attention = "attn"
 
@@ -40,29 +40,36 @@ class BasicBlock(ForeignBlock):
         if inner.attn2 is not None:
             self.sites = (self.attention, "cross", "mlp")
 
-    def told(self, context: Context) -> Mapping[str, Any]:
-        """What the block is called with besides its tokens."""
-        return context.shared
-
     def whole(self, streams: Streams, context: Context, given: Mapping[str, Any]) -> Streams:
-        return self.leave(streams, self.inner(self.enter(streams), **self.told(context)))
+        return streams.updated(image=self.inner(streams["image"], **context.shared))
 
     def inside(self, streams: Streams, context: Context, given: Mapping[str, Any], at: Visit | BareVisit) -> Streams:
-        x, told, block = self.enter(streams), self.told(context), self.inner
+        x, told, layout = self.entered(streams, context), context.shared, streams.layout
         extra = told.get("cross_attention_kwargs") or {}
-        mask = told.get("attention_mask")
         m = self.modulated(x, told)
-        h = at.tap("modulated_in", m.h)
-        x = m.gate * at.around(self.attention, lambda h: block.attn1(h, attention_mask=mask, **extra), h) + x
-        if block.attn2 is not None:
-            x = at.around("cross", lambda x: self.read(x, told, extra), x) + x
+        attend = lambda h: self.attend(h, told, layout, extra)  # noqa: E731
+        x = m.gate * at.around(self.attention, attend, at.tap("modulated_in", m.h)) + x
+        if self.inner.attn2 is not None:
+            x = at.around("cross", lambda x: self.read(x, told, layout, extra), x) + x
         h = self.norm_mlp(x) * (1 + m.scale_mlp) + m.shift_mlp
-        return self.leave(streams, m.gate_mlp * mlp_site(block.ff, h, at) + x)
+        return streams.updated(image=m.gate_mlp * self.mlp(h, layout, at) + x)
 
-    def read(self, x: Tensor, told: Mapping[str, Any], extra: Mapping[str, Any]) -> Tensor:
+    def entered(self, streams: Streams, context: Context) -> Tensor:
+        """The block's tokens."""
+        return streams["image"]
+
+    def attend(self, h: Tensor, told: Mapping[str, Any], layout: Layout, extra: Mapping[str, Any]) -> Tensor:
+        """Attention among the tokens."""
+        return self.inner.attn1(h, attention_mask=told.get("attention_mask"), **extra)
+
+    def read(self, x: Tensor, told: Mapping[str, Any], layout: Layout, extra: Mapping[str, Any]) -> Tensor:
         """Cross-attention to the text."""
         text, mask = told["encoder_hidden_states"], told.get("encoder_attention_mask")
         return self.inner.attn2(x, encoder_hidden_states=text, attention_mask=mask, **extra)
+
+    def mlp(self, h: Tensor, layout: Layout, at: Visit | BareVisit) -> Tensor:
+        """The feed-forward, a site."""
+        return mlp_site(self.inner.ff, h, at)
 
     def modulated(self, x: Tensor, told: Mapping[str, Any]) -> Modulated:
         """adaLN-single: a table of the block's own plus what the time says, [B, 6 D]."""
@@ -74,16 +81,8 @@ class BasicBlock(ForeignBlock):
         """The norm before the feed-forward."""
         return self.inner.norm2(x)
 
-    def enter(self, streams: Streams) -> Tensor:
-        """Tokens as the block takes them."""
-        return streams["image"]
-
-    def leave(self, streams: Streams, x: Tensor) -> Streams:
-        """The streams with the block's tokens."""
-        return streams.updated(image=x)
-
     def modulated_in(self, streams: Streams, context: Context) -> Tensor:
-        return self.modulated(self.enter(streams), self.told(context)).h
+        return self.modulated(self.entered(streams, context), context.shared).h
 
     def macs(self, layout: Layout) -> dict[str, int]:
         n = layout.length()

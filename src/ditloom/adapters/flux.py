@@ -53,10 +53,7 @@ class Flux(DiffusersAdapter):
     """Time arrives as sigma in [0, 1]. True guidance comes in calls of its own, after the conditional one."""
 
     classes = ("FluxTransformer2DModel",)
-    pipelines = dict.fromkeys(
-        ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline"),
-        Told(by_negative, ("cond", "uncond"), apart=True),
-    )
+    pipelines = {"FluxPipeline": Told(by_negative, ("cond", "uncond"), apart=True)}
     time = FLOW
     predicts = "v"
     static = ("img_ids", "txt_ids")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ class JointBlock(ForeignBlock):
     The site "attn" passes a dict by stream. Blocks return (text, image) unless `image_first`.
     """
 
-    sites: tuple[str, ...] = ("attn", "mlp", "mlp_text")  # type: ignore[misc]
-    stages = ("modulated_in", "ff_hidden")
+    sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "mlp_text")
+    stages: ClassVar[tuple[str, ...]] = ("modulated_in", "ff_hidden")
     row_sites = ("mlp",)
     image_first = False
 
@@ -98,8 +98,8 @@ class SingleBlock(ForeignBlock):
     in joint order, image tokens after the text unless `image_first`.
     """
 
-    sites = ("attn", "mlp")
-    stages = ("modulated_in",)
+    sites: ClassVar[tuple[str, ...]] = ("attn", "mlp")
+    stages: ClassVar[tuple[str, ...]] = ("modulated_in",)
     boundaries = {"attn": "pre-projection", "mlp": "pre-projection"}
     image_first = False
 

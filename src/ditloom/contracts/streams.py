@@ -50,7 +50,7 @@ class Context:
     rule: Any = None
     gates: dict[str, Tensor] = field(default_factory=dict)
     time: Tensor | None = None
-    shared: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
 
     def spread(self, values: Tensor, layout: Layout, stream: str = "image") -> Tensor:
         """Per-group values [B, G, D] to something that broadcasts over the tokens of `stream`."""
