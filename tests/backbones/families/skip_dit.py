@@ -11,7 +11,7 @@ PORTRAIT = Portrait(
         "skip-dit-residual": SkipDiTConfig(**{**LATENT, "depth": 4}, classes=10, residual=True, learn_sigma=False),
     },
     outputs={"skip-dit": 8},
-    identity_start=False,  # of the released form; that of the residual one is tested with the family
+    restless=frozenset({"skip-dit"}),  # its merges start at random; those of the residual form change nothing
     counted=("Skip-DiT-XL/2",),
     counts={
         "Skip-DiT-S/2": 32_865_056 + 6 * (2 * 384**2 + 5 * 384),
