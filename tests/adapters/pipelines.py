@@ -132,6 +132,50 @@ def call_flux(pipe: Any, true_cfg_scale: float = 2.0, **more: Any) -> Any:
     ).images
 
 
+def wan() -> Any:
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
+    return WanPipeline(transformer=made("wan"), scheduler=scheduler, **parts)
+
+
+def call_wan(pipe: Any, guidance_scale: float = 4.0, **more: Any) -> Any:
+    draw = drawer(5)
+    return pipe(
+        prompt_embeds=draw(1, 6, 12),
+        negative_prompt_embeds=draw(1, 6, 12),
+        guidance_scale=guidance_scale,
+        height=64,
+        width=64,
+        num_frames=9,
+        output_type="latent",
+        **more,
+    ).frames
+
+
+def cogvideox() -> Any:
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+
+    scheduler = CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
+    return CogVideoXPipeline(transformer=made("cogvideox"), scheduler=scheduler, **parts)
+
+
+def call_cogvideox(pipe: Any, guidance_scale: float = 4.0, **more: Any) -> Any:
+    draw = drawer(5)
+    return pipe(
+        prompt_embeds=draw(1, 6, 12),
+        negative_prompt_embeds=draw(1, 6, 12),
+        guidance_scale=guidance_scale,
+        height=64,
+        width=64,
+        num_frames=9,
+        output_type="latent",
+        **more,
+    ).frames
+
+
 class Clocks(Captures):
     """Notes the clock and the rows of every forward."""
 
@@ -152,5 +196,7 @@ PIPES = {
         PipeCase("pixart", pixart, call_pixart, {"guidance_scale": 1.0}),
         PipeCase("sd3", sd3, call_sd3, {"guidance_scale": 1.0}),
         PipeCase("flux", flux, call_flux, {"true_cfg_scale": 1.0}, apart=True),
+        PipeCase("wan", wan, call_wan, {"guidance_scale": 1.0}, apart=True),
+        PipeCase("cogvideox", cogvideox, call_cogvideox, {"guidance_scale": 1.0}),
     )
 }

@@ -8,9 +8,11 @@ from torch import Tensor
 
 import ditloom
 from ditloom.contracts.clock import Clock, Rows
+from ditloom.contracts.errors import UserError
 from ditloom.contracts.method import Tap
 from ditloom.contracts.plan import Action
 from tests.adapters.pipelines import PIPES, Clocks, PipeCase
+from tests.adapters.tiny import CASES, shaken
 from tests.sites.walkthroughs import Broadcast, Captures, FirstBlockCache, GuidanceGate, HoldOutput
 
 pytest.importorskip("diffusers")
@@ -104,3 +106,39 @@ def test_two_pipelines_do_not_disturb_each_other() -> None:
         assert torch.equal(one.run(), alone)
         assert torch.equal(two.run(), other)
     assert a.report.count("attn", Action.REUSE) and b.report.count("output", Action.REUSE)
+
+
+def test_the_two_transformers_of_wan_have_state_of_their_own() -> None:
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    first, second = (shaken(CASES["wan"].make()) for _ in range(2))
+    pipe = WanPipeline(transformer=first, transformer_2=second, scheduler=scheduler, boundary_ratio=0.5, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    scheduler.set_timesteps(STEPS)
+    change = int((scheduler.timesteps >= 500).sum())
+    assert 2 < change < STEPS - 1
+    clocks = Clocks()
+    with ditloom.using(pipe, clocks, HoldOutput((1, change, change + 1))) as run:
+        PIPES["wan"].call(pipe, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))
+    computed = [s for s in range(STEPS) if s not in (1, change + 1)]  # at the change nothing is stored yet
+    assert [c.step for c in clocks.clocks] == [s for s in computed for _ in range(2)]
+    assert run.report.count("output", Action.REUSE) == 2 * 2
+
+
+def test_skip_layer_guidance_is_left_to_the_pipeline() -> None:
+    case, more = PIPES["sd3"], {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.9}
+    expected = case.run(**more)
+    with ditloom.using(case.pipe, Broadcast(1)) as run:
+        assert torch.equal(case.run(**more), expected)
+    assert run.report.forwards == 2 * STEPS
+
+
+def test_a_controlnet_is_refused() -> None:
+    module, arguments = CASES["sd3"].module, CASES["sd3"].arguments(torch.zeros(1, 4, 8, 8), 1000.0, (0,))
+    with (
+        ditloom.using(module, Broadcast(2), timesteps=[1000.0]),
+        pytest.raises(UserError, match="block_controlnet_hidden_states"),
+    ):
+        module(**arguments, block_controlnet_hidden_states=[torch.zeros(1, 16, 16)])

@@ -229,7 +229,7 @@ def cogvideox() -> nn.Module:
 
     return CogVideoXTransformer3DModel(
         num_attention_heads=2,
-        attention_head_dim=8,
+        attention_head_dim=16,
         in_channels=4,
         out_channels=4,
         time_embed_dim=10,
@@ -290,7 +290,7 @@ def masked(samples: int, draw: Callable[..., Tensor]) -> dict[str, Any]:
 
 
 def video_table() -> dict[str, Any]:
-    angles = drawer(3)(48, 8)
+    angles = drawer(3)(48, 16)
     return {"image_rotary_emb": (angles.cos(), angles.sin())}
 
 
