@@ -76,11 +76,11 @@ class MMDiTConfig(BackboneConfig):
 class Side(nn.Module):
     """One stream's weights in a block: norms, attention projections, feed-forward, and `chunks` modulation vectors."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: str | None, chunks: int = 6):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: str | None, chunks: int = 6, mlp: Any = None):
         super().__init__()
         self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
         self.attn = attention.Projections(width, heads, qk_norm=qk_norm)
-        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.mlp = mlp or MLP(width, int(width * mlp_ratio))
         self.modulation = AdaLN(width, chunks)
 
 
@@ -97,7 +97,8 @@ class KeySide(nn.Module):
 class MMDiTBlock(Block):
     """Per stream x += g1 Attn(mod(LN x)); x += g2 MLP(mod(LN x)), with one attention over both streams.
 
-    The site "attn" passes a dict by stream; "mlp" the image's tokens; "mlp_text" the text's.
+    The site "attn" passes a dict by stream; "mlp" the image's tokens; "mlp_text" the text's. `mlps` may give other
+    feed-forwards by stream.
     """
 
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "mlp_text")
@@ -107,13 +108,22 @@ class MMDiTBlock(Block):
     returned: ClassVar[tuple[str, ...]] = ("image", "text")
     text: Any  # a Side; a KeySide in the last block
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, qk_norm: str | None = None):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        qk_norm: str | None = None,
+        mlps: Mapping[str, Any] = NOTHING,
+    ):
         super().__init__()
-        self.image = Side(width, heads, mlp_ratio, qk_norm, self.image_chunks)
-        self.text = self.make_text(width, heads, mlp_ratio, qk_norm)
+        self.image = Side(width, heads, mlp_ratio, qk_norm, self.image_chunks, mlps.get("image"))
+        self.text = self.make_text(width, heads, mlp_ratio, qk_norm, mlps.get("text"))
 
-    def make_text(self, width: int, heads: int, mlp_ratio: float, qk_norm: str | None) -> Side | KeySide:
-        return Side(width, heads, mlp_ratio, qk_norm)
+    def make_text(
+        self, width: int, heads: int, mlp_ratio: float, qk_norm: str | None, mlp: Any = None
+    ) -> Side | KeySide:
+        return Side(width, heads, mlp_ratio, qk_norm, mlp=mlp)
 
     def forward(
         self, streams: Streams, context: Context, plan: BlockPlan | None = None, given: Mapping[str, Any] = NOTHING
@@ -203,7 +213,7 @@ class LastMMDiTBlock(MMDiTBlock):
     sites = ("attn", "mlp")
     returned = ("image",)
 
-    def make_text(self, width: int, heads: int, mlp_ratio: float, qk_norm: str | None) -> KeySide:
+    def make_text(self, width: int, heads: int, mlp_ratio: float, qk_norm: str | None, mlp: Any = None) -> KeySide:
         return KeySide(width, heads, qk_norm)
 
     def text_update(self, y: Tensor, out: Mapping[str, Tensor], m: list[Tensor], at: Visit | BareVisit) -> Tensor:

@@ -106,7 +106,20 @@ class Pointwise(Change):
         return theirs.reshape(like.shape)
 
 
-SAME, SWAP, FLAT, LINEAR = Same(), SwapHalves(), FlatTable(), Flat2d()
+class ChannelsLast(Flat2d):
+    """The same with the channels moving fastest: [D, p * p * C]."""
+
+    def out(self, ours: Tensor) -> Tensor:
+        return super().out(ours.permute(0, 2, 3, 1) if ours.ndim > 1 else ours)
+
+    def back(self, theirs: Tensor, like: Tensor) -> Tensor:
+        if like.ndim == 1:
+            return theirs
+        d, channels, patch, _ = like.shape
+        return theirs.reshape(d, patch, patch, channels).permute(0, 3, 1, 2).contiguous()
+
+
+SAME, SWAP, FLAT, LINEAR, CHANNELS_LAST = Same(), SwapHalves(), FlatTable(), Flat2d(), ChannelsLast()
 POINTWISE, FRAME, TABLE = Pointwise(), SingleFrame(), Unbatched()
 
 

@@ -42,10 +42,15 @@ def check_rows(x: Tensor, given: Tensor | None, what: str) -> None:
 
 def check_grid_only(time: Tensor, segments: Sequence[Segment], family: str, why: str) -> None:
     """Refuse added segments, and times per token, in a family that has one grid and one time per image."""
-    if segments:
-        raise UserError(f"{family} takes no segment {segments[0].name!r}: {why}")
+    check_no_segments(segments, family, why)
     if time.ndim != 1:
         raise UserError(f"{family} has one time per image; got times of shape {list(time.shape)}")
+
+
+def check_no_segments(segments: Sequence[Segment], family: str, why: str) -> None:
+    """Refuse added segments in a family that needs the grid it has."""
+    if segments:
+        raise UserError(f"{family} takes no segment {segments[0].name!r}: {why}")
 
 
 def check_no_rule(rule: Any, family: str, why: str) -> None:
@@ -71,3 +76,18 @@ def check_guidance(given: Tensor | None, default: float | None, like: Tensor, fa
     if given.shape != like.shape[:1]:
         raise UserError(f"guidance is one scale per image, [batch] = [{len(like)}]; got {list(given.shape)}")
     return given.to(torch.float64)
+
+
+def check_layers(
+    states: Tensor | None, mask: Tensor | None, count: int, width: int, family: str
+) -> tuple[Tensor, Tensor | None]:
+    """A language model's states [B, at least `count`, n, width] with a mask [B, n], or what is wrong with them."""
+    wanted = f"[batch, {count} or more states, tokens, {width}]"
+    if states is None:
+        raise UserError(f"{family} reads a language model: give Condition(extra={{'llama': ...}}) of shape {wanted}")
+    if states.ndim != 4 or states.shape[1] < count or states.shape[2] == 0 or states.shape[3] != width:
+        raise UserError(f"{family} takes a language model's states of shape {wanted}; got {list(states.shape)}")
+    if mask is not None and mask.shape != (states.shape[0], states.shape[2]):
+        expected = [states.shape[0], states.shape[2]]
+        raise UserError(f"the mask of a language model's tokens has the shape {expected}; got {list(mask.shape)}")
+    return states, mask

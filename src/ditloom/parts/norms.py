@@ -45,13 +45,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def norm(kind: str, width: int, affine: bool = False) -> nn.Module:
-    """A norm by name: "layer", "rms" (always with weight), or "layer-affine" (always, with torch's eps of 1e-5)."""
+    """A norm by name: "layer", "rms" or "rms-1e-5" (its eps; always with weight), "layer-affine" (eps 1e-5)."""
     return NORMS[kind](width, affine)
 
 
 NORMS = {
     "layer": lambda width, affine: LayerNorm(width, affine),
     "rms": lambda width, affine: RMSNorm(width),
+    "rms-1e-5": lambda width, affine: RMSNorm(width, 1e-5),
     "layer-affine": lambda width, affine: LayerNorm(width, True, 1e-5),
 }
 

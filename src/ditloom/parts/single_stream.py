@@ -60,6 +60,12 @@ class PartStreams(Transition):
         return replace(layout, spans=tuple(spans))
 
 
+def single(context: Context) -> Context:
+    """The context as a block reads it that knows one stream only, "image"."""
+    modulation, rotary = ({"image": d[JOINT]} if JOINT in d else {} for d in (context.modulation, context.rotary))
+    return replace(context, modulation=modulation, rotary=rotary)
+
+
 def joined_modulation(modulation: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """The conditioning of the joined stream from that of each stream of `layout`: by group, or per token."""
     streams = layout.streams

@@ -246,10 +246,17 @@ def settle(rule: Rule, layout: Layout, gates: Gates, device: torch.device | None
 
 def with_padding(context: Context, layout: Layout, mask: Tensor | None) -> Context:
     """The context of a forward whose segment "text" has padding, mask [B, n] being True at real tokens."""
-    if mask is None:
+    return with_paddings(context, layout, {"text": mask})
+
+
+def with_paddings(context: Context, layout: Layout, masks: Mapping[str, Tensor | None]) -> Context:
+    """The same for several segments, by name."""
+    gates = {f"{segment}_mask": mask for segment, mask in masks.items() if mask is not None}
+    if not gates:
         return context
-    settled, gates = settle(rule(Padding("text", "text_mask")), layout, {"text_mask": mask}, mask.device)
-    return replace(context, rule=settled, gates=dict(gates))
+    paddings = [Padding(segment, f"{segment}_mask") for segment, mask in masks.items() if mask is not None]
+    settled, made = settle(rule(*paddings), layout, gates, next(iter(gates.values())).device)
+    return replace(context, rule=settled, gates=dict(made))
 
 
 def pairs(settled: Settled, extra: int = 0) -> int:
