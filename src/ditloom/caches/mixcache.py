@@ -28,6 +28,7 @@ from ditloom.sites.surface import Surface
 
 STEP, CFG, BLOCK, FULL = "step", "cfg", "block", ""
 GRAINS = (STEP, CFG, BLOCK)
+LEFT = "left"
 LEAST_WARMUP = 3
 FORGIVEN, MOST = 1.5, 4.0
 """How much a grain's penalty grows by use and shrinks by the use of another, and its limit."""
@@ -144,14 +145,14 @@ class Mixing(Handler):
             steps = clock.step - memo["full"]
             memo["impacts"] = {grain: v / steps for grain, v in _impacts(now, before, clock.guidance_scale).items()}
             self._trigger(float(mean_change(now["guided"], before["guided"])) / steps, clock, memo)
-        memo["values"], memo["full"] = now, clock.step
+        memo["values"], memo["full"] = {name: value for name, value in now.items() if name != LEFT}, clock.step
 
     def _values(self, outputs: Mapping[str, Tensor], seen: Mapping[Any, Tensor], scale: float) -> dict[str, Tensor]:
         left = [value for (stage, _), value in seen.items() if stage == "block_out"]
         found = {
             STEP: left[-1] - seen["block_in", 0],
             BLOCK: left[0] - seen["block_in", self.settings.first],
-            "left": left[-1],
+            LEFT: left[-1],
         }
         guided = outputs.get("cond", next(iter(outputs.values())))
         if {"cond", "uncond"} <= outputs.keys():
@@ -225,7 +226,7 @@ def _chosen(clock: Clock, memo: Mapping[str, Any]) -> str:
 def _impacts(now: Mapping[str, Tensor], before: Mapping[str, Tensor], scale: float) -> dict[str, float]:
     """What reusing the stored value of each grain would have changed, in units of what it goes into."""
     found = {STEP: float(mean_change(now[STEP], before[STEP]))}
-    share = float(now[BLOCK].float().abs().mean() / now["left"].float().abs().mean())
+    share = float(now[BLOCK].float().abs().mean() / now[LEFT].float().abs().mean())
     found[BLOCK] = float(mean_change(now[BLOCK], before[BLOCK])) * share
     if CFG in now and CFG in before:
         moved = (now[CFG].float() - before[CFG].float()).abs().mean()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ditloom.contracts.clock import Schedule
-from ditloom.contracts.method import Control, Handler, Probe, Steps, Tap
+from ditloom.contracts.method import Control, Handler, Steps, Tap
 from ditloom.contracts.plan import Action
 from ditloom.contracts.site import Site
 from ditloom.sites.combine import LEVELS, canonical, check, check_sites, check_taps, rivals
@@ -130,10 +130,13 @@ class Program:
         inside = sum(d for place, d in depth.items() if place not in outer) + len(self._remembered())
         return inside * rows * tokens * width * itemsize + latent * sum(depth[p] for p in outer if p in depth)
 
-    def _remembered(self) -> set[tuple[str, Probe]]:
-        """Probes that decisions may compare with later ones, token tensors all."""
-        deferred = [p for step in self.steps for p in step.planned() if p.action is Action.DEFER]
-        return {(p.handler.key, q) for p in deferred for q in p.handler.probes(p.site) if q.kind != "time_embedding"}
+    def _remembered(self) -> set[Hashable]:
+        """Token tensors that decisions may compare with later ones: probes, and captures that are noted in a memo."""
+        planned = [p for step in self.steps for p in step.planned() if p.action is Action.DEFER]
+        probed = {(p.handler.key, q) for p in planned for q in p.handler.probes(p.site) if q.kind != "time_embedding"}
+        noting = {handler.key for handler in overriding(self.handlers, "noted")}
+        taps = (placed for step in self.steps for listed in step.taps.values() for placed in listed)
+        return {*probed, *((p.handler.key, p.tap) for p in taps if p.handler.key in noting)}
 
 
 def overriding(handlers: Sequence[Handler], name: str) -> list[Handler]:
