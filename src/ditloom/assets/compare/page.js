@@ -49,7 +49,7 @@
   const thumbs = (name, count = 4) =>
     (data.strips[name] || []).slice(0, count).map((uri) => `<img alt="" src="${uri}">`).join("");
   $$(".card .thumbs").forEach((box) => {
-    box.innerHTML = thumbs(box.parentElement.dataset.set);
+    box.innerHTML = `<span>plain run</span>${thumbs(PLAIN)}<span>this one</span>${thumbs(box.parentElement.dataset.set)}`;
     pixelated(box);
   });
 

@@ -50,14 +50,22 @@ def looks(psnr: float) -> str:
 
 
 def advice(found: Comparison) -> list[Advice]:
-    """The fastest above each of three floors of quality; a set counts where it is faster than the clock is wrong."""
+    """The fastest above each of three floors of quality; a set counts where it is faster than the clock is wrong.
+
+    What fewer steps beat at the same arithmetic is not advised, however fast.
+    """
     listed = []
     for key, title, floor, meaning in FAMILIAR:
         close = [row for row in found.ran if (row.value("psnr") or 0.0) >= floor and row.speedup >= NOTABLE]
-        best = _fastest(close)
+        best = _fastest([row for row in close if not _beaten(found, row)])
         others = [row for row in close if best is not None and _is_control(row) is not _is_control(best)]
         listed.append(Advice(key, title, floor, meaning, best, _fastest(others)))
     return listed
+
+
+def _beaten(found: Comparison, row: Row) -> bool:
+    margin = found.margin(row)
+    return margin is not None and margin < -EVEN
 
 
 def _fastest(rows: Sequence[Row]) -> Row | None:
@@ -100,7 +108,7 @@ def reasons(found: Comparison) -> list[str]:
     """Sentences on what the control shows, and on what could not be compared."""
     judged = [(row, found.margin(row)) for row in found.ran if not _is_control(row)]
     won = [row.name for row, margin in judged if margin is not None and margin > EVEN]
-    lost = [row.name for row, margin in judged if margin is not None and margin < -EVEN]
+    lost = [row.name for row, _ in judged if _beaten(found, row)]
     even = [row.name for row, margin in judged if margin is not None and abs(margin) <= EVEN]
     told = []
     if won:
