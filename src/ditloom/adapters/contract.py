@@ -89,3 +89,8 @@ class Adapter(ABC):
         for name, reason in self.refuses.items():
             if values.get(name) is not None:
                 raise UserError(f"methods cannot act on a call with {name}: {reason}")
+
+
+def one_stream(tokens: Tensor, grid: tuple[int, ...] = ()) -> Streams:
+    """The streams of a model whose tokens [B, n, D] all run through the same weights."""
+    return Streams({"image": tokens}, Layout((Span("image", tokens.shape[1]),), grid))

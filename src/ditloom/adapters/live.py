@@ -60,9 +60,10 @@ class Live:
         check_sites({h.key: h.controls(surface) for h in handlers}, surface)
 
     def bind(self, layout: Layout, branches: tuple[str, ...]) -> list[Handler]:
-        """The handlers of a run at a layout."""
+        """The handlers of a run at a layout, but for what acts nowhere."""
         surface = Surface(self.view, layout, branches)
-        return [m if isinstance(m, Handler) else m.bind(surface) for m in self.methods]
+        bound = [m if isinstance(m, Handler) else m.bind(surface) for m in self.methods]
+        return [handler for handler in bound if type(handler) is not Handler]
 
     def hold(self, stack: ExitStack) -> None:
         """Take the place of the innermost forward until the stack unwinds."""
