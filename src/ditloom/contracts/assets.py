@@ -33,6 +33,16 @@ def packed(assets: Assets) -> bytes:
     return save(tensors, {MADE_FOR: json.dumps(dict(assets.made_for), sort_keys=True)})
 
 
+def write(path: str | Path, assets: Assets) -> Path:
+    """Write the file of some assets; a method reads it with its setting `calibration`."""
+    path = Path(path).expanduser()
+    try:
+        path.write_bytes(packed(assets))
+    except OSError as error:
+        raise UserError(f"the calibration cannot be written to {path}: {error.strerror or error}") from error
+    return path
+
+
 def _made_for(metadata: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((metadata or {})[MADE_FOR]))

@@ -85,10 +85,15 @@ def calibrate(
 
 def _fitted(trace: Trace, now: Circumstances, methods: Sequence[str], pictures: int) -> Iterator[tuple[str, Assets]]:
     for key in methods:
-        tensors = METHODS.get(key).from_trace(trace)
-        if not tensors:
-            raise UserError(f"{key} learns nothing from {trace.steps} steps: calibrate with more")
-        yield key, Assets(tensors, {**now.facts(key), "pictures": pictures})
+        yield key, fitted(key, trace, **{**now.facts(key), "pictures": pictures})
+
+
+def fitted(key: str, trace: Trace, **made_for: Any) -> Assets:
+    """What a method makes of a trace. Of a foreign pipeline, watched by a `Recorder`, only the steps are known."""
+    tensors = METHODS.get(key).from_trace(trace)
+    if not tensors:
+        raise UserError(f"{key} learns nothing from {trace.steps} steps: calibrate with more")
+    return Assets(tensors, {"method": key, "steps": trace.steps, **made_for})
 
 
 def _reads(method: Any) -> bool:
