@@ -20,7 +20,8 @@ class Portrait:
     counted: presets whose MACs are compared with what runs. zero_start: a fresh network predicts exactly 0;
     identity_start: its fresh blocks change nothing. token_times: a time per image token is heard where it is.
     other_size: a latent size besides the native one, None where the family is built for one. turns: it tells rows from
-    columns. restless: configurations whose fresh blocks do change something, in a family where others' do not.
+    columns. restless: configurations whose fresh blocks do change something, in a family where others' do not; nonzero:
+    those whose fresh network predicts something.
     dead: per configuration, parameters that no gradient reaches, as published. outputs: channels of the prediction,
     None for those of x.
     """
@@ -34,6 +35,7 @@ class Portrait:
     other_size: tuple[int, ...] | None = (12, 8)
     turns: bool = True
     restless: frozenset[str] = frozenset()
+    nonzero: frozenset[str] = frozenset()
     dead: Mapping[str, frozenset[str]] = field(default_factory=dict)
     outputs: Mapping[str, int] = field(default_factory=dict)
 

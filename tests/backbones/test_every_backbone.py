@@ -17,7 +17,7 @@ from tests.backbones.tiny import OF, TINY, embedded, inputs, make, of_kind
 NAMES = list(TINY)
 TIMED = [name for name in NAMES if OF[name].token_times]
 RESIZED = [name for name in NAMES if OF[name].other_size]
-ZERO = [name for name in NAMES if OF[name].zero_start]
+ZERO = [name for name in NAMES if OF[name].zero_start and name not in OF[name].nonzero]
 IDENTITY = [name for name in NAMES if OF[name].identity_start and name not in OF[name].restless]
 
 

@@ -174,6 +174,7 @@ def test_counted_macs_are_the_executed_ones(backbone: Backbone) -> None:
         "flux",
         "latte-text",
         "wan",
+        "stdit",
     ],
 )
 def test_compiled_blocks_compute_the_same_in_one_graph_per_kind(name: str) -> None:

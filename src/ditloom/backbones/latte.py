@@ -97,10 +97,17 @@ class LatteBlock(Block):
     row_sites = ("mlp",)
     kind: ClassVar[type[AxisAttention]] = SpatialAttention
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, modulation: AdaLN | ModulationTable):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        modulation: AdaLN | ModulationTable,
+        qk_norm: str | None = None,
+    ):
         super().__init__()
         self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
-        self.attn = self.kind(width, heads)
+        self.attn = self.kind(width, heads, qk_norm=qk_norm)
         self.mlp = MLP(width, int(width * mlp_ratio))
         self.modulation = modulation
 
@@ -141,11 +148,18 @@ class TemporalLatteBlock(LatteBlock):
 class ReadingLatteBlock(LatteBlock):
     """Within each frame, with x += Cross(x, text) in between, without norm or gate; all frames read the same text."""
 
-    sites = ("attn", "cross", "mlp")
+    sites: ClassVar[tuple[str, ...]] = ("attn", "cross", "mlp")
     stages = (*LatteBlock.stages, *cross_attention.STAGES)
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, modulation: AdaLN | ModulationTable):
-        super().__init__(width, heads, mlp_ratio, modulation)
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        modulation: AdaLN | ModulationTable,
+        qk_norm: str | None = None,
+    ):
+        super().__init__(width, heads, mlp_ratio, modulation, qk_norm)
         self.cross = CrossAttention(width, heads)
 
     def read(self, x: Tensor, context: Context, given: Mapping[str, Any], at: Visit | BareVisit) -> Tensor:
