@@ -130,7 +130,9 @@ def test_forecasts_and_fewer_channels() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UserError, match="the long skip from block 0 to block 4 crosses its border"):
+    with pytest.raises(
+        UserError, match="the long skip from block 0 to block 4 crosses its border.*try dbcache:first=1,last=1"
+    ):
         drawn(FBCache(), toys.make("u-vit"))
     with pytest.raises(UserError, match="unknown predictor"):
         FBCache(predictor="tailor")

@@ -162,7 +162,11 @@ def test_every_impact_too_large_computes() -> None:
 def test_refusals() -> None:
     with pytest.raises(UserError, match="unknown grain 'steps': did you mean 'step'"):
         MixCache(grains="steps/cfg")
-    with pytest.raises(UserError, match="keeps the first 3 and the last 2 of 5 blocks: nothing"):
+    with pytest.raises(
+        UserError, match="always computes the first 3 and the last 2 blocks, and this model has 5: nothing"
+    ):
         drawn(MixCache(first=3, last=2), toys.make("dit"))
+    with pytest.raises(UserError, match="mixcache cannot act here: .* try mixcache:first=1,last=1"):
+        drawn(MixCache(), toys.make("u-vit"))
     assert Clock(0, 1).guidance_scale == 1.0
     assert by_run(toys.make("dit"))[1].report.share_saved == 0.0

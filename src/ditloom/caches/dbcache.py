@@ -13,11 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from ditloom.caches.amounts import at_least
-from ditloom.caches.deciding import Deciding
+from ditloom.caches.deciding import Deciding, between
 from ditloom.caches.guards import Amount, Guards
 from ditloom.caches.predictors import predictor
 from ditloom.contracts.clock import Clock
-from ditloom.contracts.errors import UserError
 from ditloom.contracts.method import Assets, Handler, Method, Probe, Touch, mean_change
 from ditloom.contracts.plan import Action
 from ditloom.contracts.registry import register
@@ -76,15 +75,9 @@ class FirstBlocks(Deciding):
         most: float = 0.0,
         channels: int = 1,
     ):
-        span = (first, surface.blocks - last)
+        span = between(surface, type(guards).__registration__.name, first, last, "dbcache")
         super().__init__(guards, [span], threshold, predictor(forecast))
         self.first, self.most, self.channels = first, most, channels
-        if first + last >= surface.blocks:
-            raise UserError(
-                f"{self.key} always computes the first {first} and the last {last} blocks, and this model has "
-                f"{surface.blocks}: nothing would be left to reuse"
-            )
-        surface.range(*span)
 
     def probes(self, site: Site) -> Sequence[Probe]:
         return (Probe("residual", span=(0, self.first)),)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from math import isinf
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ditloom.caches.guards import Guards
 from ditloom.contracts.clock import Clock, Schedule
+from ditloom.contracts.errors import UserError
 from ditloom.contracts.method import Control, Handler, Predictor, Probe, Steps
 from ditloom.contracts.plan import Action
 from ditloom.contracts.site import Site
@@ -81,7 +83,25 @@ class Deciding(Handler):
         measured = [one for notes in memo.values() for one in notes.get("measured", ())]
         if self.threshold > 0 and not measured and not any(notes["in_all"] for notes in memo.values()):
             return [f"{self.key} computed every step: its guards left it nothing to decide"]
-        return one_sided(self.key, self.threshold, measured)
+        return [] if isinf(self.threshold) else one_sided(self.key, self.threshold, measured)
+
+
+def between(surface: Surface, key: str, first: int, last: int, like: str) -> tuple[int, int]:
+    """The range that leaves out the first and the last blocks; where it is impossible, what to write instead.
+
+    like: the method that can leave out others, by its settings `first` and `last`.
+    """
+    if first + last >= surface.blocks:
+        raise UserError(
+            f"{key} always computes the first {first} and the last {last} blocks, and this model has "
+            f"{surface.blocks}: nothing would be left to reuse"
+        )
+    try:
+        surface.range(first, surface.blocks - last)
+    except UserError as error:
+        both = max(first, last)
+        raise UserError(f"{key} cannot act here: {error}; try {like}:first={both},last={both}") from error
+    return first, surface.blocks - last
 
 
 def one_sided(key: str, threshold: float, measured: Sequence[Decision]) -> list[str]:

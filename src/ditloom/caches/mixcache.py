@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from ditloom.caches.amounts import Amount, at_least
+from ditloom.caches.deciding import between
 from ditloom.caches.guards import Guards
 from ditloom.contracts.clock import Clock, Rows, Schedule
-from ditloom.contracts.errors import UnknownName, UserError
+from ditloom.contracts.errors import UnknownName
 from ditloom.contracts.method import Assets, Control, Handler, Method, Steps, Tap, Touch, mean_change
 from ditloom.contracts.plan import Action
 from ditloom.contracts.registry import register
@@ -78,11 +79,7 @@ class MixCache(Guards, Method):
         return (Touch("branch", "around"), Touch("range", "around"), Touch("block_out", "capture"))
 
     def bind(self, surface: Surface, assets: Assets | None = None) -> Handler:
-        if self.first + self.last >= surface.blocks:
-            raise UserError(
-                f"mixcache keeps the first {self.first} and the last {self.last} of {surface.blocks} blocks: nothing "
-                "is left between them"
-            )
+        between(surface, "mixcache", self.first, self.last, "mixcache")
         return Mixing(self, surface)
 
     def warm(self, steps: int) -> int:
