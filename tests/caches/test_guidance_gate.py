@@ -31,9 +31,9 @@ def test_against_a_loop(spec: str, computed: tuple[int, ...], batched: bool) -> 
 @pytest.mark.parametrize(
     "steps, start_, alone", [(10, "0.5", 5), (10, "7", 3), (1, "0.5", 0), (2, "0", 1), (2, "0.5", 1)]
 )
-def test_forwards_saved(steps: int, start_: str, alone: int) -> None:
+def test_forwards_saved(steps: int, first: str, alone: int) -> None:
     """Never on the first step, of which there is no difference yet."""
-    _, run = drawn(toys.make("dit"), f"guidance-gate:start={start_}", steps=steps)
+    _, run = drawn(toys.make("dit"), f"guidance-gate:start={first}", steps=steps)
     assert run.report.forwards == 2 * steps - alone
     assert run.report.macs < run.report.full_macs or not alone
 

@@ -13,6 +13,7 @@ from ditloom.caches.amounts import at_least, check_share
 from ditloom.caches.tokens import SCORES, Look, Score, look, spread
 from ditloom.contracts.clock import Clock, Rows, Schedule
 from ditloom.contracts.errors import UnknownName, UserError
+from ditloom.contracts.layout import Layout
 from ditloom.contracts.method import Assets, Control, Handler, Method, Steps, Tap, Touch
 from ditloom.contracts.plan import Action
 from ditloom.contracts.registry import register
@@ -106,6 +107,11 @@ def check_rows(surface: Surface, score: Score | None) -> None:
         raise UserError(f"toca takes its score from {score.stage}, which {family} lacks: take score=age")
 
 
+def layout_at(site: Site, surface: Surface) -> Layout:
+    """Where tokens lie in a site's block."""
+    return surface.layouts[surface.position(site.block or 0)]
+
+
 @dataclass
 class TokenCache(Handler):
     """Reuses attentions, computes some rows of feed-forwards.
@@ -123,14 +129,15 @@ class TokenCache(Handler):
         return [Control(site, VALUE, HOLD) for site in surface.submodules]
 
     def plan(self, schedule: Schedule, surface: Surface) -> Steps:
-        cached, tokens = self.settings.cached(schedule.steps), surface.layout.length("image")
+        cached = self.settings.cached(schedule.steps)
 
         def at(clock: Clock) -> dict[Site, Action]:
-            return {site: self._action(site, clock, tokens) for site in surface.submodules}
+            return {site: self._action(site, clock, layout_at(site, surface)) for site in surface.submodules}
 
         return [at(schedule.clock(s)) if cached[s] else {} for s in range(schedule.steps)]
 
-    def _action(self, site: Site, clock: Clock, tokens: int) -> Action:
+    def _action(self, site: Site, clock: Clock, layout: Layout) -> Action:
+        tokens = layout.length("image")
         fresh = self.settings.fresh(site.block or 0, self.blocks, clock, tokens) if site.rows else 0
         return Action.COMPUTE if fresh == tokens else Action.ROWS if fresh else Action.REUSE
 
@@ -140,11 +147,12 @@ class TokenCache(Handler):
         found: list[dict[tuple[str, int], Tap]] = [{} for _ in range(schedule.steps)]
         for step, actions in enumerate(self.plan(schedule, surface)):
             full = step if not actions else full
-            for block in [site.block or 0 for site, action in actions.items() if action is Action.ROWS]:
-                found[step]["block_in", block] = look("block_in", block, surface.layout, branch)
+            for site in [site for site, action in actions.items() if action is Action.ROWS]:
+                block, layout = site.block or 0, layout_at(site, surface)
+                found[step]["block_in", block] = look("block_in", block, layout, branch)
                 if self.score is not None:
                     stage = self.score.stage
-                    found[full][stage, block] = look(stage, block, surface.layout, branch)
+                    found[full][stage, block] = look(stage, block, layout, branch)
         return [list(taps.values()) for taps in found]
 
     def noted(self, tap: Tap, value: Any, clock: Clock, rows: Rows, memo: dict[str, Any]) -> None:
