@@ -63,6 +63,11 @@ class DiTConfig(BackboneConfig):
         """Channels of the prediction."""
         return self.channels * (1 + self.learn_sigma)
 
+    @property
+    def condition_width(self) -> int:
+        """Width of the conditioning vector c."""
+        return self.width
+
     def build(self) -> DiT:
         return DiT(self)
 
@@ -145,13 +150,14 @@ class DiT(Backbone):
         "temporal": "DiT has no temporal attention",
     }
 
+    absolute: ClassVar[bool] = True
     preset: DiTConfig
 
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.preset = config
-        width = config.width
-        self.x_embedder = PatchEmbed(config.patch, config.channels, width)
+        width = config.condition_width
+        self.x_embedder = PatchEmbed(config.patch, config.channels, config.width)
         self.t_embedder = TimeEmbedding(width, shift=config.frequency_shift)
         self.y_embedder = LabelEmbedding(config.classes, width, config.null_class) if config.classes else None
         self.blocks = nn.ModuleList(self.make_block(layer) for layer in range(config.depth))
@@ -194,7 +200,7 @@ class DiT(Backbone):
         check_size(x, self.preset.channels, self.preset.patch, type(self).__name__)
         check_rows(x, memory.vector, "labels")
         check_streams(segments, ("image",), type(self).__name__)
-        joined = join(x.to(self.dtype), self.x_embedder, segments, absolute=True)
+        joined = join(x.to(self.dtype), self.x_embedder, segments, absolute=self.absolute)
         emb = self.t_embedder(time)
         c = modulation(emb, memory.vector, segments, lambda t: self.t_embedder(self.preset.time.native(t)))
         rotary = self.rotary(joined)
