@@ -294,4 +294,4 @@ def test_the_verdict_follows_from_the_numbers(found):
     assert headline(slow).endswith("keep the plain run.")
     steps = replace(made, rows=(plain, fast(one, 1.4, 33.0), refused, *(fast(row, 1.8, 34.0) for row in controls)))
     assert headline(steps).startswith("Take 5 steps instead of 6 and no method at all: 1.8x faster, nearly identical.")
-    assert "The best method at that level is every-other" in headline(steps)
+    assert "Of the methods the best is every-other: 1.4x" in headline(steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ditloom.training.progress import Progress, duration
+from ditloom.training.progress import Progress, Speed, duration
 
 
 class CompareProgress(Progress):
@@ -15,6 +15,8 @@ class CompareProgress(Progress):
     def follow(self, name: str, done: int, total: int) -> None:
         """`done` steps of `total` are done, this one for the set `name`."""
         self.name = name
+        if done <= 1:
+            self.speed = Speed(self.clock)
         if total != self.total:
             self.total = total
             if self._bar is not None:

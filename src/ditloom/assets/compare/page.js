@@ -33,7 +33,7 @@
     if (row.scores && row.scores[key]) return row.scores[key].value;
     return row[key] ?? null;
   };
-  const digits = (key) => ({ speedup: 2, seconds: 0, share_saved: 0, psnr: 1, accuracy: 0, frechet: 1 })[key] ?? 3;
+  const digits = (key) => ({ speedup: 2, seconds: 0, share_saved: 0, psnr: 1, margin: 1, accuracy: 0, frechet: 1 })[key] ?? 3;
   const shown = (row, key) => {
     const found = value(row, key), column = columns.get(key);
     if (found !== null && found === column.equal) return "equal";

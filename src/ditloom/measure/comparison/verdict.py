@@ -33,8 +33,8 @@ EVEN = 0.5
 
 @dataclass(frozen=True)
 class Advice:
-    """For one purpose the fastest that is close enough to the plain run, or None; and the fastest of the other kind:
-    of the methods where taking fewer steps is the answer, else of the runs of fewer steps."""
+    """For one purpose the fastest that is close enough to the plain run, or None; and the best of the other kind: of
+    the methods where taking fewer steps is the answer, else of the runs of fewer steps."""
 
     key: str
     title: str
@@ -59,7 +59,8 @@ def advice(found: Comparison) -> list[Advice]:
         close = [row for row in found.ran if (row.value("psnr") or 0.0) >= floor and row.speedup >= NOTABLE]
         best = _fastest([row for row in close if not _beaten(found, row)])
         others = [row for row in close if best is not None and _is_control(row) is not _is_control(best)]
-        listed.append(Advice(key, title, floor, meaning, best, _fastest(others)))
+        rival = _fastest([row for row in others if not _beaten(found, row)]) or _fastest(others)
+        listed.append(Advice(key, title, floor, meaning, best, rival))
     return listed
 
 
@@ -88,7 +89,7 @@ def headline(found: Comparison) -> str:
     if safe is not None and safe is not first.row:
         told += f" If nothing may change, {_use(safe, found.plain)}."
     if _is_control(first.row) and first.rival is not None:
-        told += f" The best method at that level is {_worth(first.rival)}."
+        told += f" Of the methods the best is {_worth(first.rival)}."
     return told
 
 
