@@ -109,6 +109,10 @@ class TestRefused:
         with pytest.raises(UserError, match="sets an attention rule"), using(Regional(torch.ones(1), torch.ones(1))):
             pass
 
+    def test_a_method_that_chooses_the_steps(self) -> None:
+        with pytest.raises(UserError, match="fewer-steps changes how a run is sampled"):
+            using("fewer-steps:steps=3").__enter__()
+
     def test_a_module_that_computes_something_else(self) -> None:
         changed = CASES["dit"].make().eval()
         changed.norm_out = nn.Sequential(changed.norm_out, nn.Dropout(0.5)).train()

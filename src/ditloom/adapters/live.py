@@ -54,6 +54,12 @@ class Live:
 
     def _try(self, layout: Layout) -> None:
         """Refuse before the first call what this architecture cannot do."""
+        for method in self.methods:
+            if isinstance(method, Method) and type(method).sampling is not Method.sampling:
+                name = type(method).__registration__.name
+                raise UserError(
+                    f"{name} changes how a run is sampled, which is said to the pipeline where it is called"
+                )
         handlers = canonical(self.bind(layout, ("cond", "uncond")))
         refuse_unsupported(handlers)
         surface = Surface(self.view, layout, ("cond", "uncond"))
