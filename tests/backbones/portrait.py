@@ -22,8 +22,9 @@ class Portrait:
     other_size: a latent size besides the native one, None where the family is built for one. turns: it tells rows from
     columns. restless: configurations whose fresh blocks do change something, in a family where others' do not; nonzero:
     those whose fresh network predicts something.
-    dead: per configuration, parameters that no gradient reaches, as published. outputs: channels of the prediction,
-    None for those of x.
+    dead: per configuration, parameters that no gradient reaches, as published; unread: those of them whose output
+    nothing reads at all (a data-parallel wrapper must look for them). outputs: channels of the prediction, None for
+    those of x.
     """
 
     tiny: Mapping[str, Any]
@@ -37,6 +38,7 @@ class Portrait:
     restless: frozenset[str] = frozenset()
     nonzero: frozenset[str] = frozenset()
     dead: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    unread: Mapping[str, frozenset[str]] = field(default_factory=dict)
     outputs: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -48,8 +48,8 @@ class HiDreamConfig(BackboneConfig):
     """Settings of a HiDream.
 
     text_width, text_tokens: of the first encoder's tokens, Condition.text. llama_width, llama_tokens: of the language
-    model's, Condition.extra["llama"] [B, states, n, llama_width]; layers: which of its states each block reads (the last
-    block's is also what stays). A mask of those tokens may be given as extra["llama_mask"] [B, n].
+    model's, Condition.extra["llama"] [B, states, n, llama_width]; layers: which of its states each block reads (the
+    last block's is also what stays). A mask of those tokens may be given as extra["llama_mask"] [B, n].
     """
 
     family: ClassVar[str] = "hidream"
@@ -154,8 +154,8 @@ class HiDreamSingleBlock(DiTBlock):
 class HiDream(Backbone):
     """Double blocks over two streams, then single blocks over one, with experts; time and pooled text modulate all.
 
-    x [B, C, H, W] with H, W multiples of the patch; prediction [B, C, H, W], the velocity dx/dt: minus what the official
-    network returns. The text stream ends in the segment "layer", the place of the text that a block reads alone.
+    x [B, C, H, W] with H, W multiples of the patch; prediction [B, C, H, W], the velocity dx/dt: minus what the
+    official network returns. The text stream ends in the segment "layer", the place of what one block reads alone.
     """
 
     missing: ClassVar[Mapping[str, str]] = {

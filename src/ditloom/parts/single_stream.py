@@ -62,8 +62,8 @@ class PartStreams(Transition):
 
 def single(context: Context) -> Context:
     """The context as a block reads it that knows one stream only, "image"."""
-    modulation, rotary = ({"image": d[JOINT]} if JOINT in d else {} for d in (context.modulation, context.rotary))
-    return replace(context, modulation=modulation, rotary=rotary)
+    rotary = {"image": context.rotary[JOINT]} if JOINT in context.rotary else {}
+    return replace(context, modulation={"image": context.modulation[JOINT]}, rotary=rotary)
 
 
 def joined_modulation(modulation: Mapping[str, Tensor], layout: Layout) -> Tensor:
