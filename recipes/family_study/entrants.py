@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ditloom.backbones.d2it import D2iTConfig
 from ditloom.backbones.ddt import DDTConfig
 from ditloom.backbones.dint import DintConfig
 from ditloom.backbones.dis import DiSConfig
 from ditloom.backbones.dit import DiTConfig
+from ditloom.backbones.dit_air import DiTAirConfig
 from ditloom.backbones.dit_dh import DiTDHConfig
+from ditloom.backbones.dit_moe import DiTMoEConfig
 from ditloom.backbones.dydit import DyDiTConfig
+from ditloom.backbones.flexdit import FlexDiTConfig
 from ditloom.backbones.flux import FluxConfig
-from ditloom.backbones.hunyuan_dit import HunyuanDiTConfig
+from ditloom.backbones.hidream import HiDreamConfig
 from ditloom.backbones.lightning_dit import LightningDiTConfig
 from ditloom.backbones.mmdit import MMDiTConfig
 from ditloom.backbones.pixart_sigma import PixArtConfig
+from ditloom.backbones.sana import SanaConfig
 from ditloom.backbones.skip_dit import SkipDiTConfig
+from ditloom.backbones.terdit import TerDiTConfig
 from ditloom.backbones.u_dit import UDiTConfig
 from ditloom.backbones.u_vit import UViTConfig
 from ditloom.contracts.backbone import BackboneConfig
@@ -68,9 +74,27 @@ ENTRANTS: dict[str, Callable[[int], BackboneConfig]] = {
     "mmdit": lambda w: MMDiTConfig(**shape(w), qk_norm="rms", table=8, table_span=8, pooled_width=16, **TOKENS, **WORD),
     "flux": lambda w: FluxConfig(**shape(w, 2), single_depth=4, axes=rotary(w), pooled_width=16, **OWN_TIME, **WORD),
     "pixart-sigma": lambda w: PixArtConfig(**shape(w), learn_sigma=False, **TOKENS, **WORD),
-    "hunyuan-dit": lambda w: HunyuanDiTConfig(
-        **shape(w), learn_sigma=False, pooled=16, pool_heads=2, base=None, **TOKENS, **WORD
+    "sana": lambda w: SanaConfig(**shape(w), cross_heads=heads(w), text_scale=1.0, **TOKENS, **WORD),
+    "dit-air": lambda w: DiTAirConfig(**shape(w), pooled_width=16, **TOKENS, **WORD),
+    "hidream": lambda w: HiDreamConfig(
+        **shape(w, 1),
+        single_depth=2,
+        layers=(0,) * 3,
+        llama_width=16,
+        llama_tokens=1,
+        axes=rotary(w),
+        pooled_width=16,
+        **TOKENS,
+        **WORD,
     ),
+    "dit-moe": lambda w: DiTMoEConfig(**shape(w), experts=4, **TOKENS, **PLAIN),
+    "flexdit": lambda w: FlexDiTConfig(
+        **shape(w, 8), pooling=1, groups=1, group=(1, 2, 1, 1), dense=2, sides=(4,), **TOKENS, **PLAIN
+    ),
+    "d2it": lambda w: D2iTConfig(
+        **shape(w, 3), refine_depth=1, refine_width=w, refine_heads=heads(w), **{**LATENT, "patch": 2}, **PLAIN
+    ),
+    "terdit": lambda w: TerDiTConfig(**shape(w), multiple=16, **TOKENS, **PLAIN),
     "u-dit": lambda w: UDiTConfig(width=w // 2, heads=2, depths=(1, 1, 1, 1, 1), **LATENT, **PLAIN),
     "dis": lambda w: DiSConfig(depth=DEPTH, width=w, **TOKENS, **PLAIN),
 }
