@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,18 +34,21 @@ def slope(times: dict[int, float]) -> float:
     return float((x * y).sum() / (x * x).sum())
 
 
+def best(contenders: dict[int, Callable[[], object]]) -> dict[int, float]:
+    """Seconds of the fastest run of every size."""
+    named = {str(n): run for n, run in contenders.items()}
+    return {int(n): min(t.seconds) for n, t in interleaved(named, RUNS).items()}
+
+
 @torch.no_grad()
 def main() -> None:
     """Print times and exponents as JSON. One thread, all sizes in turn, the best of every size's runs."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     given = {n: inputs(n) for n in TOKENS}
-    contenders = {f"linear {n}": lambda g=g: linear_attention(*g) for n, g in given.items()}
     few = [n for n in TOKENS if n <= SOFTMAX_UP_TO]
-    contenders |= {f"softmax {n}": lambda g=given[n]: kernel(*g) for n in few}
-    taken = {name: min(t.seconds) for name, t in interleaved(contenders, RUNS).items()}
-    linear = {n: taken[f"linear {n}"] for n in TOKENS}
-    softmax = {n: taken[f"softmax {n}"] for n in few}
+    linear = best({n: lambda g=given[n]: linear_attention(*g) for n in TOKENS})
+    softmax = best({n: lambda g=given[n]: kernel(*g) for n in few})
     print(
         json.dumps(
             {

@@ -8,9 +8,12 @@ from torch import Tensor
 from ditloom.parts import cost
 from ditloom.parts.attention import Projections
 from ditloom.parts.norms import AcrossHeads, RMSNorm
+from ditloom.parts.precision import wide
 from ditloom.sites.visit import BARE, BareVisit, Visit
 
 EPS = 1e-15
+AT_ONCE = 1024
+"""Tokens that a processor works on at once, so that they stay in its fast memory."""
 STAGES = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "q_rope", "k_rope", "attn_heads", "attn_out")
 
 
@@ -20,10 +23,22 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     The same as relu(q) relu(k)^T with rows scaled to sum 1, times v. What keeps a row without any weight finite, 1e-15,
     is the released code's default (1e-8 in its training recipe).
     """
-    dtype = v.dtype
-    q, k, v = (t.transpose(1, 2).to(torch.promote_types(dtype, torch.float32)) for t in (q.relu(), k.relu(), v))
-    weights = q @ k.sum(2).unsqueeze(-1)
-    return ((q @ (k.mT @ v)) / (weights + EPS)).transpose(1, 2).to(dtype)
+    size = AT_ONCE if q.device.type == "cpu" else q.shape[1]
+    summed = torch.stack([_summed(*part) for part in zip(k.split(size, 1), v.split(size, 1), strict=True)]).sum(0)
+    parts = [_read(part, summed) for part in q.split(size, 1)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(v.dtype)
+
+
+def _summed(k: Tensor, v: Tensor) -> Tensor:
+    """relu(k)^T v, and sum(relu(k)) as one more column: [B, h, d, d + 1]."""
+    k, v = wide(k.relu()).transpose(1, 2), wide(v).transpose(1, 2)
+    return torch.cat([k.mT @ v, k.sum(2).unsqueeze(-1)], dim=-1)
+
+
+def _read(q: Tensor, summed: Tensor) -> Tensor:
+    """What queries [B, n, h, d] read of the sums."""
+    out = wide(q.relu()).transpose(1, 2) @ summed
+    return (out[..., :-1] / (out[..., -1:] + EPS)).transpose(1, 2)
 
 
 class LinearAttention(Projections):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditloom.parts import cost
-from ditloom.parts.selective_scan import scan_macs, selective_scan, wide
+from ditloom.parts.precision import wide
+from ditloom.parts.selective_scan import scan_macs, selective_scan
 from ditloom.sites.visit import BARE, BareVisit, Visit
 
 STAGES = ("in_proj", "scanned")

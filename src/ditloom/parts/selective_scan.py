@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from ditloom.parts.precision import wide
+
 CHUNK = 32
 PER_STATE = 4
 AT_ONCE = {"cpu": 1 << 19}
@@ -45,11 +47,6 @@ def selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk
 def scan_macs(tokens: int, channels: int, states: int) -> int:
     """Multiply-accumulates of the recurrence: exponent, input, state and output, for every token, channel and state."""
     return PER_STATE * tokens * channels * states
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32, or float64 if it is that already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.library.custom_op("ditloom::selective_scan", mutates_args=())
