@@ -125,6 +125,9 @@ SIZES = {
     "1p6B": (28, 1792, 28),
 }
 PRESETS = {
-    f"LightningDiT-{size}/1": LightningDiTConfig(depth=depth, width=width, heads=heads)
+    f"LightningDiT-{size}/{patch}": LightningDiTConfig(
+        depth=depth, width=width, heads=heads, patch=patch, image_size=image_size
+    )
+    for patch, image_size in ((1, 16), (2, 32))
     for size, (depth, width, heads) in SIZES.items()
 }

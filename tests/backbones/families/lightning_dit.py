@@ -5,6 +5,8 @@ from __future__ import annotations
 from ditloom.backbones.lightning_dit import LightningDiTConfig
 from tests.backbones.portrait import ODD_HEAD, Portrait
 
+WIDTHS = {"B": 768, "L": 1024, "XL": 1152, "1p0B": 1536, "1p6B": 1792}
+ONE = {"B": 130_359_584, "L": 457_890_816, "XL": 674_961_824, "1p0B": 1_029_007_904, "1p6B": 1_631_308_368}
 PORTRAIT = Portrait(
     tiny={
         "lightning-dit": LightningDiTConfig(**ODD_HEAD, classes=10),
@@ -12,10 +14,8 @@ PORTRAIT = Portrait(
     },
     counted=("LightningDiT-XL/1",),
     counts={
-        "LightningDiT-B/1": 130_359_584,
-        "LightningDiT-L/1": 457_890_816,
-        "LightningDiT-XL/1": 674_961_824,
-        "LightningDiT-1p0B/1": 1_029_007_904,
-        "LightningDiT-1p6B/1": 1_631_308_368,
+        **{f"LightningDiT-{size}/1": count for size, count in ONE.items()},
+        # a patch of 2: the embedding and the output have three more positions of 32 channels
+        **{f"LightningDiT-{size}/2": count + 3 * 32 * (2 * WIDTHS[size] + 1) for size, count in ONE.items()},
     },
 )
