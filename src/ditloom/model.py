@@ -16,13 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ditloom.caches.presets import expanded
 from ditloom.calibration import Circumstances, find
 from ditloom.contracts.backbone import Backbone, BackboneConfig
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.conditioner import Conditioner
 from ditloom.contracts.errors import UnknownName, UserError
 from ditloom.contracts.latent import LatentSpace
-from ditloom.contracts.method import Assets, Calibrated, Handler, Method
+from ditloom.contracts.method import Assets, Handler, Learned, Method
 from ditloom.contracts.process import Process
 from ditloom.contracts.registries import BACKBONES, CONDITIONERS, GUIDANCE, LATENTS, METHODS, PROCESSES, SAMPLERS
 from ditloom.contracts.sampler import Step
@@ -146,7 +147,8 @@ class Model:
 
     def _methods(self, using: Using) -> list[Method | Handler]:
         """What is attached and what is asked for, as objects."""
-        return [m if isinstance(m, Handler) else registered(METHODS, m) for m in (*self.attached, *using)]
+        asked = expanded((*self.attached, *using))
+        return [m if isinstance(m, Handler) else registered(METHODS, m) for m in asked]
 
     def batch(
         self,
@@ -196,7 +198,7 @@ class Model:
         return [handler for handler in bound if type(handler) is not Handler]
 
     def _assets(self, method: Method, shape: tuple[int, ...], settings: Mapping[str, Any] | None) -> Assets | None:
-        return find(method, Circumstances.of(self, shape, settings)) if isinstance(method, Calibrated) else None
+        return find(method, Circumstances.of(self, shape, settings)) if isinstance(method, Learned) else None
 
     def surface(self, shape: tuple[int, ...] | None = None) -> Surface:
         """The sites of this model at a latent size."""

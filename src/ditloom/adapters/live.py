@@ -17,6 +17,7 @@ from ditloom.adapters.live_run import LiveRun, refuse_unsupported
 from ditloom.adapters.sources import Source
 from ditloom.adapters.timeline import Timeline
 from ditloom.adapters.view import View
+from ditloom.caches.presets import expanded
 from ditloom.contracts.clock import Clock, Rows, Schedule
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Layout
@@ -45,7 +46,7 @@ class Live:
         check_free(module)
         self.adapter, self.module, self.source, self.memory_limit = adapter, module, source, memory_limit
         self.view, self.signature = View(adapter, module), Signature(module)
-        self.methods = [m if isinstance(m, Method | Handler) else registered(METHODS, m) for m in methods]
+        self.methods = [m if isinstance(m, Method | Handler) else registered(METHODS, m) for m in expanded(methods)]
         self._try(adapter.layout(module))
         self.run: LiveRun | None = None
         self.line: Timeline | None = None

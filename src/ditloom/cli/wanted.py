@@ -7,6 +7,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditloom.caches.presets import expanded
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.registries import GUIDANCE, METHODS, SAMPLERS
 from ditloom.contracts.registry import Registry
@@ -104,7 +105,11 @@ def settings_of(
     using: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What `Model.generate` takes, the model's own defaults filled in and every name and value looked at."""
-    for registry, spec in ((SAMPLERS, sampler), (GUIDANCE, guidance), *((METHODS, method) for method in using)):
+    for registry, spec in (
+        (SAMPLERS, sampler),
+        (GUIDANCE, guidance),
+        *((METHODS, method) for method in expanded(using)),
+    ):
         if isinstance(spec, str) and not _is_number(spec):
             check_spec(registry, spec)
     settings = model.settings(steps=steps, guidance=guidance_of(guidance), sampler=sampler, size=size_of(size))
