@@ -9,7 +9,7 @@ from ditloom.backbones.dic import DiCConfig
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.registry import register
 from ditloom.hub.format import Foreign, Format, split_null
-from ditloom.hub.keymap import POINTWISE, Change, KeyMap, Move, Placed
+from ditloom.hub.keymap import POINTWISE, SAME, Change, KeyMap, Move, Placed
 
 STAGES = ("enc_blocks.0", "enc_blocks.1", "lat_blocks.0", "dec_blocks.0", "dec_blocks.1")
 GLUE = ("downs.0", "downs.1", "ups.0", "ups.1")
@@ -24,8 +24,8 @@ def _places(config: Any) -> Mapping[int, Mapping[str, str]]:
     return {i: {"place": name} for i, name in enumerate(names)}
 
 
-def _at(theirs: str, ours: str, **more: Change) -> Placed:
-    return Placed("{place}." + theirs, "blocks.{i}." + ours, places=_places, **more)
+def _at(theirs: str, ours: str, change: Change = SAME) -> Placed:
+    return Placed("{place}." + theirs, "blocks.{i}." + ours, change, places=_places)
 
 
 @register("dic", paper="DiC: Rethinking Conv3x3 Designs in Diffusion Models, arXiv 2501.00603")
@@ -39,7 +39,7 @@ class DiCStateDict(Format):
         _at("conv0.{p}", "conv1.{p}"),
         _at("conv1.{p}", "conv2.{p}"),
         _at("affine.1.{p}", "modulation.linear.{p}"),
-        _at("skip.{p}", "skip_linear.{p}", change=POINTWISE),
+        _at("skip.{p}", "skip_linear.{p}", POINTWISE),
         _at("body.0.weight", "conv.weight"),
         Move("t_embedder_ls.{i}.{rest}", "conditions.time.{i}.{rest}"),
         Move("y_embedder_ls.{i}.{rest}", "conditions.label.{i}.{rest}"),

@@ -10,7 +10,7 @@ from torch import Tensor
 from ditloom.backbones.u_dit import UDiTConfig
 from ditloom.contracts.registry import register
 from ditloom.hub.format import Foreign, Format, split_null
-from ditloom.hub.keymap import POINTWISE, Change, KeyMap, Move, Placed
+from ditloom.hub.keymap import POINTWISE, SAME, Change, KeyMap, Move, Placed
 
 LEVELS = ("encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1")
 GLUE = (("down1_2",), ("down2_3",), ("up3_2", "reduce_chan_level2"), ("up2_1", "reduce_chan_level1"), ())
@@ -35,9 +35,8 @@ def _places(config: Any) -> Mapping[int, Mapping[str, Any]]:
     return dict(enumerate(found))
 
 
-def _at(theirs: str, ours: str, change: Change | None = None) -> Placed:
-    kept = {} if change is None else {"change": change}
-    return Placed("{place}." + theirs, "blocks.{i}." + ours, places=_places, **kept)  # type: ignore[arg-type]
+def _at(theirs: str, ours: str, change: Change = SAME) -> Placed:
+    return Placed("{place}." + theirs, "blocks.{i}." + ours, change, places=_places)
 
 
 @register("u-dit", paper="U-DiTs: Downsample Tokens in U-Shaped Diffusion Transformers, arXiv 2405.02730")
