@@ -14,7 +14,7 @@ from torch import nn
 
 from ditloom.contracts.assets import packed, read
 from ditloom.contracts.errors import UserError
-from ditloom.contracts.method import Assets, Calibrated
+from ditloom.contracts.method import Assets, Learned
 from ditloom.contracts.registries import GUIDANCE, SAMPLERS
 from ditloom.contracts.settings import registered
 from ditloom.data.fetch import cache_folder
@@ -96,7 +96,7 @@ def spelled(part: Any) -> str:
     return f"{type(part).__registration__.name}:{listed}" if listed else str(type(part).__registration__.name)
 
 
-def find(method: Calibrated, now: Circumstances) -> Assets | None:
+def find(method: Learned, now: Circumstances) -> Assets | None:
     """The calibration of a method for these circumstances: the file it names, or the first fitting one that is kept.
 
     None where the method can do without; else one sentence on what is missing and how to make it.

@@ -124,6 +124,8 @@ def _as_option(options: list[Any], value: Any, where: str) -> Any:
 
 def _fits(option: Any, value: Any) -> bool:
     origin = typing.get_origin(option) or option
+    if origin is typing.Literal:
+        return value in typing.get_args(option)
     if origin is tuple:
         return isinstance(value, list | tuple)
     if origin is int:
@@ -147,6 +149,8 @@ def _number(text: str, where: str) -> float:
 
 def _name(option: Any) -> str:
     origin = typing.get_origin(option) or option
+    if origin is typing.Literal:
+        return " or ".join(str(value) for value in typing.get_args(option))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a list"}
     return names.get(origin, "nothing" if origin is type(None) else "a mapping")
 
