@@ -81,6 +81,7 @@ def test_a_window_outside_the_schedule() -> None:
         ({"max_consecutive": 2}, [1, 2, 4, 5]),
         ({"max_total": 2}, [1, 2]),
         ({"mask": "1/2/1/1/1", "policy": "static", "threshold": 1e-9}, [1, 2, 4]),
+        ({"mask": "1/2/1/1/1", "policy": "static", "threshold": 0.0}, [1, 2, 4]),
         ({"mask": "1/2/1/1/1"}, [1, 2, 4]),
         ({"mask": "1/2/1/1/1", "threshold": 1e-9}, []),
         ({"start": 2, "end": 4, "unit": "index"}, [2, 3]),

@@ -164,3 +164,20 @@ def test_refusals() -> None:
         TaoCache(alpha="lsq")
     with pytest.raises(UserError, match="the error budget is at least 0"):
         TaoCache(budget=-1)
+
+
+@pytest.mark.slow
+def test_early_skips_change_the_structure_and_late_ones_do_not() -> None:
+    """As many steps left out early and late, on the fashion model: the low frequencies of the result."""
+    from ditloom.model import load
+
+    model = load("fashion")
+
+    def drawn_with(*using: TaoCache) -> Tensor:
+        latents = model.generate([0, 3, 5, 8], steps=20, sampler="euler", using=list(using)).latents
+        return torch.nn.functional.avg_pool2d(latents, 4)
+
+    plain = drawn_with()
+    early = drawn_with(TaoCache(alpha=1, start=0.1, end=0.5)) - plain
+    late = drawn_with(TaoCache(alpha=1, start=0.6)) - plain
+    assert late.norm() < 0.5 * early.norm()

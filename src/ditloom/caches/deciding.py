@@ -59,10 +59,10 @@ class Deciding(Handler):
     def plan(self, schedule: Schedule, surface: Surface) -> Steps:
         """Deferred up to the last step that may be reused: what is computed before it must be looked at.
 
-        Threshold 0 is off and costs nothing.
+        Threshold 0 is off and costs nothing, unless a mask says what is reused.
         """
         allowed, sites = self.guards.allowed(schedule), [surface.range(*span) for span in self.spans]
-        if self.threshold <= 0:
+        if self.threshold <= 0 and not self.guards.by_mask:
             return [{} for _ in range(schedule.steps)]
         return [dict.fromkeys(sites, Action.DEFER) if any(allowed[s:]) else {} for s in range(schedule.steps)]
 

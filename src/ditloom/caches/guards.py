@@ -61,6 +61,11 @@ class Guards:
         """Where reuse is allowed."""
         return Window(self.start, self.end, self.unit)
 
+    @property
+    def by_mask(self) -> bool:
+        """Whether a mask alone decides."""
+        return bool(self.mask) and self.policy == "static"
+
     def allow(self, clock: Clock) -> bool:
         """Whether a step may be reused at all, as known before the run."""
         first, last = count_of(self.warmup, clock.steps), clock.steps - count_of(self.tail, clock.steps)
@@ -80,7 +85,7 @@ class Guards:
         """COMPUTE or REUSE where a guard decides, None where the policy does."""
         if not self.allow(clock):
             return Action.COMPUTE
-        if self.mask and self.policy == "static":
+        if self.by_mask:
             return Action.REUSE
         in_a_row, in_all = memo.get("in_a_row", 0), memo.get("in_all", 0)
         if (self.max_total and in_all >= self.max_total) or (self.max_consecutive and in_a_row >= self.max_consecutive):
