@@ -32,7 +32,7 @@ from ditloom.parts.norms import LayerNorm, modulate
 from ditloom.parts.patches import PatchEmbed, normal_linears_, unpatchify, xavier_linears_, xavier_patches_, zero_
 from ditloom.parts.segments import check_streams, join, main_modulation, modulation, text_stream
 from ditloom.parts.tables import CroppedTable
-from ditloom.sites.rules import with_padding
+from ditloom.sites.rules import with_paddings
 from ditloom.sites.visit import BareVisit, Visit, take_rows, visit
 
 
@@ -237,6 +237,7 @@ class MMDiT(Backbone):
         "skip": "MMDiT has no long skips",
         "temporal": "MMDiT has no temporal attention",
     }
+    title: ClassVar[str] = "MMDiT"
     preset: MMDiTConfig
 
     def __init__(self, config: MMDiTConfig):
@@ -270,31 +271,41 @@ class MMDiT(Backbone):
 
     def prepare(self, condition: Condition) -> Memory:
         c = self.preset
-        text = check_text(condition.text, condition.text_mask, c.text_width, "MMDiT")
+        text = check_text(condition.text, condition.text_mask, c.text_width, self.title)
         pooled = None
         if self.pooled_embedder is not None:
-            pooled = self.pooled_embedder(check_pooled(condition.pooled, c.pooled_width, "MMDiT"))
+            pooled = self.pooled_embedder(check_pooled(condition.pooled, c.pooled_width, self.title))
         return Memory(vector=pooled, text=self.text_embedder(text.to(self.dtype)), text_mask=condition.text_mask)
 
     def embed(
         self, x: Tensor, time: Tensor, memory: Memory, segments: Sequence[Segment] = ()
     ) -> tuple[Streams, Context]:
-        check_size(x, self.preset.channels, self.preset.patch, "MMDiT")
+        check_size(x, self.preset.channels, self.preset.patch, self.title)
         check_rows(x, memory.text, "text")
         check_rows(x, memory.vector, "pooled vector")
-        check_streams(segments, ("image", "text"), "MMDiT")
-        joined = join(x.to(self.dtype), self.x_embedder, segments, absolute=self.pos_embed)
-        text, spans = text_stream(memory, segments, self.dtype)
-        layout = joined.layout.with_spans(*spans)
+        check_streams(segments, ("image", "text"), self.title)
         emb = self.t_embedder(time)
         embed_time = lambda t: self.t_embedder(self.preset.time.native(t))  # noqa: E731
         text_emb = self.t_embedder(time.mean(1)) if time.ndim == 2 else emb
+        memory, more = self.refine(memory, text_emb)
+        segments = (*more, *segments)
+        joined = join(x.to(self.dtype), self.x_embedder, segments, absolute=self.pos_embed)
+        text, spans = text_stream(memory, segments, self.dtype)
+        layout = joined.layout.with_spans(*spans)
         c = {
             "image": modulation(emb, memory.vector, segments, embed_time),
             "text": modulation(text_emb, memory.vector, segments, embed_time, "text"),
         }
-        context = with_padding(Context(modulation=c, time=emb), layout, memory.text_mask)
+        context = with_paddings(Context(modulation=c, time=emb), layout, self.masks(memory))
         return Streams({"image": joined.tokens, "text": text}, layout), context
+
+    def refine(self, memory: Memory, time: Tensor) -> tuple[Memory, Sequence[Segment]]:
+        """The text as blocks get it at this time [B, D], and further segments of text; MMDiT leaves it as it is."""
+        return memory, ()
+
+    def masks(self, memory: Memory) -> dict[str, Tensor | None]:
+        """The padding masks [B, n] of segments, by name."""
+        return {"text": memory.text_mask}
 
     def head(self, streams: Streams, context: Context) -> Tensor:
         tokens = self.final_layer(streams.segment("image"), main_modulation(streams, context))
