@@ -133,6 +133,8 @@ def test_sets_are_read_once_whatever_their_order():
     assert found[0].names == ("fora", "guidance-gate")
     assert found[0].flags == "--using fora:interval=2 --using guidance-gate"
     assert Candidate(("pab:mlp_at=(1,2)",)).flags == "--using 'pab:mlp_at=(1,2)'"
+    stack = candidates(["preset:delta-then-fora + guidance-gate"])[0]
+    assert stack.name == "delta-dit:end=0.5 + fora:start=0.5 + guidance-gate"
     assert fewer_steps(5).is_control and fewer_steps(5).flags == "--using fewer-steps:steps=5"
 
 
@@ -147,6 +149,8 @@ def test_wrong_sets_are_refused_with_the_nearest_name():
         candidates([])
     with pytest.raises(UserError, match="names no method"):
         candidates([" + "])
+    with pytest.raises(UnknownName, match="did you mean 'gated-dbcache'"):
+        candidates(["preset:gated-dbcach"])
     with pytest.raises(UnknownName, match="did you mean 'caches'"):
         preset("cache")
 

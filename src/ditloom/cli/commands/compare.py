@@ -183,10 +183,10 @@ def answer(found: Comparison, folder: Path, numbers: Path, page: Path) -> Answer
     from ditloom.measure.comparison.verdict import choice_in_words, headline, reasons
 
     told = [
-        *found.remarks,
         shown_table(found),
         *refusals(found.rows),
         *empty_because(found),
+        *found.remarks,
         f"protocol {found.protocol.hash}",
         "",
         headline(found),

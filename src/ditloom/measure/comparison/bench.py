@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,7 +66,10 @@ class Bench:
         if candidate == PLAIN:
             self.plain_pictures, self.plain_macs = drawn.pictures, drawn.macs
         assert self.plain_pictures is not None
+        began, used = perf_counter(), process_time()
         plain_times, times = self._timed(candidate)
+        taken = perf_counter() - began
+        share = (process_time() - used) / taken
         scores, absent = self.score(drawn.pictures, self.plain_pictures)
         row = Row(
             name=candidate.name,
@@ -75,6 +78,7 @@ class Bench:
             steps=drawn.steps,
             times=times,
             plain_times=plain_times,
+            processor_share=share if self.model.backbone.device.type == "cpu" else None,
             macs=drawn.macs,
             share_saved=1 - drawn.macs / self.plain_macs if self.plain_macs else 0.0,
             share_reused=drawn.heat.reused,

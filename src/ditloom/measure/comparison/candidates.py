@@ -8,6 +8,7 @@ from dataclasses import dataclass, is_dataclass
 from itertools import product
 from typing import Any
 
+from ditloom.caches.presets import expanded
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.registries import METHODS
 from ditloom.contracts.settings import parse
@@ -55,8 +56,8 @@ def fewer_steps(steps: int) -> Candidate:
 
 
 def candidate(text: str) -> Candidate:
-    """One set from 'a:key=1 + b'; every name and setting is looked at now, not after an hour."""
-    methods = tuple(" ".join(part.split()) for part in _PLUS.split(text.strip()) if part.strip())
+    """One set from 'a:key=1 + b', or a stack, 'preset:NAME'; every name and setting is looked at now."""
+    methods = tuple(expanded(" ".join(part.split()) for part in _PLUS.split(text.strip()) if part.strip()))
     if not methods:
         raise UserError(f"{text!r} names no method: write a set as 'fora:interval=2' or 'dbcache + guidance-gate'")
     for method in methods:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from ditloom.caches.presets import STACKS
 from ditloom.contracts.errors import UnknownName
 from ditloom.contracts.registries import METHODS
 from ditloom.measure.comparison.candidates import CONTROL
@@ -22,14 +23,8 @@ CURATED: Mapping[str, tuple[str, ...]] = {
 
 def caches() -> list[str]:
     """Every registered cache once or twice, then the named stacks; the control is placed by the comparison itself."""
-    from importlib import import_module
-    from importlib.util import find_spec
-
     alone = [text for name in METHODS.names() if _is_cache(name) for text in CURATED.get(name, (name,))]
-    stacks: Mapping[str, tuple[str, ...]] = {}
-    if find_spec("ditloom.caches.presets") is not None:
-        stacks = import_module("ditloom.caches.presets").STACKS
-    return [*alone, *(" + ".join(methods) for methods in stacks.values())]
+    return [*alone, *(" + ".join(methods) for methods in STACKS.values())]
 
 
 PRESETS: Mapping[str, Callable[[], list[str]]] = {"caches": caches}

@@ -22,9 +22,10 @@ class Score:
 class Row:
     """One set. Times are seconds a picture, multiply-accumulates are of one picture, bytes of the whole run.
 
-    times: of the set, plain_times: of the plain run, taken in turn with them. peak_bytes: the most memory of the
-    process (of the device, on an accelerator) while it ran. held_bytes: what the methods stored at most. scores by
-    metric; absent: for a column that is empty, why. refused: why the set could not run at all.
+    times: of the set, plain_times: of the plain run, taken in turn with them. processor_share: processor time by wall
+    time in all turns, below 1 where other work held this one up (None on an accelerator). peak_bytes: the most memory
+    of the process (of the device, on an accelerator) while it ran. held_bytes: what the methods stored at most. scores
+    by metric; absent: for a column that is empty, why. refused: why the set could not run at all.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Row:
     steps: int = 0
     times: tuple[float, ...] = ()
     plain_times: tuple[float, ...] = ()
+    processor_share: float | None = None
     macs: int = 0
     share_saved: float = 0.0
     share_reused: float = 0.0

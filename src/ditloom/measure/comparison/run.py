@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ditloom.contracts.errors import UserError
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 ANCHORS = (2 / 3, 1 / 2, 1 / 3)
 """Shares of the steps at which a preset places the control besides the matched ones; the half always has one."""
 FORMAT = 1
+QUIET = 0.85
+"""A process that is not held up by others has at least so much of one processor."""
 CHECK = "check"
 Follow = Callable[[str, int, int], None]
 
@@ -255,7 +258,7 @@ def compare(
     controls = list(_controls(ledger, wanted, preset is not None))
     ledger.measure(controls)
     rows = tuple(ledger.rows[candidate] for candidate in dict.fromkeys([*plain_and, *controls]))
-    remarks = tuple(sentence for sentence in (told, made) if sentence is not None)
+    remarks = tuple(sentence for sentence in (told, made, _busy(rows)) if sentence is not None)
     found = Comparison(said, question, rows, ledger.pictures, remarks)
     if not any(limits):
         return found
@@ -299,6 +302,17 @@ def _ledger(
     if folder is not None:
         folder.claim(said)
     return _Ledger(Bench(model, question, score), folder, follow), said
+
+
+def _busy(rows: Sequence[Row]) -> str | None:
+    """A sentence where other work of the machine made wall times rough."""
+    shares = [row.processor_share for row in rows if row.processor_share is not None]
+    if not shares or median(shares) >= QUIET:
+        return None
+    return (
+        f"The machine was busy: while time was taken this process had {median(shares):.0%} of one processor. Wall "
+        "times are rough and single ones wrong; rely on the multiply-accumulates, or measure again on a quiet machine."
+    )
 
 
 def _controls(ledger: _Ledger, wanted: Sequence[Candidate], many: bool) -> Iterator[Candidate]:
