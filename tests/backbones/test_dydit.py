@@ -14,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ditloom.backbones.dit import DiTConfig
 from ditloom.backbones.dydit import MASKS, NOISE, DyDiTConfig, from_dit
 from ditloom.contracts.errors import UserError
-from ditloom.contracts.plan import BlockPlan
+from ditloom.contracts.method import Tap
+from ditloom.contracts.plan import BlockPlan, Edit
 from ditloom.parts.routers import cost_loss, gumbel_difference, mask_of
+from ditloom.training.observe import Observer
 from tests.backbones.portrait import LATENT
 from tests.backbones.tiny import embedded, inputs, make, planned
 
@@ -156,10 +158,23 @@ def test_the_first_head_and_group_are_always_on() -> None:
     assert [b.attn.heads for b in backbone.sliced(0.5).blocks] == [1, 1, 1]
 
 
+def test_an_objective_sees_the_masks_of_a_training_forward() -> None:
+    """As the trainer asks for them: captures of one forward, with gradients into the routers."""
+    backbone: Any = make("dydit")
+    x, t, condition = inputs(backbone)
+    noisy = replace(condition, extra={NOISE: backbone.noise(3, 16, torch.Generator().manual_seed(1))})
+    wanted = {(name, block): Tap(name, block, gradient=True) for block in range(3) for name in MASKS}
+    prediction, captured = Observer(backbone)(x, t, noisy, list(wanted.values()))
+    torch.testing.assert_close(prediction, backbone(x, t, noisy), rtol=1e-5, atol=1e-5)
+    masks = [{name: captured[wanted[name, block]] for name in MASKS} for block in range(3)]
+    ratio = backbone.executed(masks, embedded(backbone, x, t, noisy)[0].layout)
+    assert bool((ratio > 0).all()) and bool((ratio < 1).all())
+    cost_loss(ratio, 0.5).backward()
+    assert all(bool(block.head_router.linear.weight.grad.any()) for block in backbone.blocks)
+
+
 def test_masks_can_be_set_from_outside() -> None:
     """All ones at the stages of the masks: the complete model."""
-    from ditloom.contracts.plan import Edit
-
     backbone: Any = make("dydit")
     ones = {"head_mask": torch.ones(3, 1, 4), "group_mask": torch.ones(3, 1, 4), "token_mask": torch.ones(3, 16, 1)}
     plan = BlockPlan(edits=tuple(Edit(name, "replace", name) for name in MASKS))
