@@ -107,6 +107,14 @@ def test_no_guidance_makes_its_branch_free() -> None:
     assert used(run) == {STEP: 0, CFG: 4, BLOCK: 0}
 
 
+def test_a_scale_may_be_told() -> None:
+    """To a run that does not know it."""
+    model = toys.make("dit")
+    told = guided(start(model, [bound(MixCache(scale=3.0, **ALWAYS), model)], STEPS), 1.0)
+    x, known = run_of(model, MixCache(**ALWAYS))
+    assert same(follow(told)[0], x) and used(told) == used(known)
+
+
 def test_one_branch_has_no_gap() -> None:
     model = toys.make("dit")
     _, run = run_of(model, MixCache(**ALWAYS), branches=("cond",))

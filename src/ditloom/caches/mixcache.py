@@ -51,7 +51,8 @@ class MixCache(Guards, Method):
     blocks between the first and the last ones. Impact of a grain: how far what it stores moved between the last two
     computed steps, for one step, in units of what it goes into. Chosen is the least impact times penalty over the share
     of MACs saved; a grain's penalty grows by half when it is used and shrinks when another is. grains: which may be
-    used, with slashes between. worst: compute fully where every impact is above it (0: off).
+    used, with slashes between. worst: compute fully where every impact is above it (0: off). scale: of
+    guidance, where a run does not tell its own, as that of a bare transformer (0: the run's).
     Reconstruction: all but the three grains, the trigger and the choice as such.
     """
 
@@ -65,6 +66,7 @@ class MixCache(Guards, Method):
     first: int = 1
     last: int = 0
     worst: float = 0.0
+    scale: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,10 +139,11 @@ class Mixing(Handler):
         seen = memo.pop("seen", None)
         if not seen or _chosen(clock, memo) != FULL:
             return
-        now, before = self._values(outputs, seen, clock.guidance_scale), memo.get("values")
+        scale = self.settings.scale or clock.guidance_scale
+        now, before = self._values(outputs, seen, scale), memo.get("values")
         if before is not None:
             steps = clock.step - memo["full"]
-            memo["impacts"] = {grain: v / steps for grain, v in _impacts(now, before, clock.guidance_scale).items()}
+            memo["impacts"] = {grain: v / steps for grain, v in _impacts(now, before, scale).items()}
             self._trigger(float(mean_change(now["guided"], before["guided"])) / steps, clock, memo)
         memo["values"], memo["full"] = {name: value for name, value in now.items() if name != LEFT}, clock.step
 
