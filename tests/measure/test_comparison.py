@@ -281,9 +281,10 @@ def test_the_verdict_follows_from_the_numbers(found):
 
     def fast(row, speedup, psnr):
         scores = {"psnr": replace(row.scores["psnr"], value=psnr)}
-        return replace(row, times=(1.0,), plain_times=(speedup,), scores=scores)
+        return replace(row, times=(1.0,), plain_times=(speedup,), scores=scores, processor_share=None)
 
     plain, one, two, gate, refused, *controls = found.rows
+    plain = replace(plain, processor_share=None)
     made = replace(
         found,
         rows=(plain, fast(one, 2.0, 33.0), fast(two, 1.5, 45.0), fast(gate, 3.0, 10.0), refused)
@@ -301,4 +302,6 @@ def test_the_verdict_follows_from_the_numbers(found):
     assert headline(slow).endswith("keep the plain run.")
     steps = replace(made, rows=(plain, fast(one, 1.4, 33.0), refused, *(fast(row, 1.8, 34.0) for row in controls)))
     assert headline(steps).startswith("Take 5 steps instead of 6 and no method at all: 1.8x faster, nearly identical.")
+    loaded = replace(steps, rows=(replace(plain, processor_share=0.2), *steps.rows[1:]))
+    assert loaded.busy and "no method at all: 2.0x less arithmetic, nearly identical." in headline(loaded)
     assert "Of the methods the best is every-other: 1.4x" in headline(steps)

@@ -17,7 +17,17 @@ import numpy as np
 from ditloom.measure.comparison.candidates import Candidate, about
 from ditloom.measure.comparison.columns import COLUMNS, LEGEND, Column, empty_because, filled
 from ditloom.measure.comparison.question import in_words
-from ditloom.measure.comparison.verdict import TIERS, Advice, advice, choice_in_words, headline, looks, reasons
+from ditloom.measure.comparison.verdict import (
+    TIERS,
+    Advice,
+    advice,
+    choice_in_words,
+    headline,
+    looks,
+    pace,
+    reasons,
+    unit,
+)
 from ditloom.measure.drawing import as_picture
 from ditloom.training.durable import explained, replace_file
 
@@ -49,7 +59,7 @@ def page(found: Comparison) -> str:
         "script": _asset("page.js"),
         "answer": escape(headline(found)),
         "choice": _choice(choice_in_words(found)),
-        "cards": "".join(map(_card, _merged(advice(found)))),
+        "cards": "".join(_card(found, same) for same in _merged(advice(found))),
         "reasons": _items(reasons(found)),
         "head": "".join(_heading(column) for column in columns),
         "rows": "".join(_row(found, row, columns) for row in found.rows),
@@ -140,17 +150,17 @@ def _merged(listed: Sequence[Advice]) -> list[list[Advice]]:
     return [list(same) for _, same in groupby(listed, key=lambda item: item.row and item.row.name)]
 
 
-def _card(items: Sequence[Advice]) -> str:
+def _card(found: Comparison, items: Sequence[Advice]) -> str:
     first = items[0]
     title, row = escape(", ".join(item.title for item in items)), first.row
     if row is None:
         body = f'<p class="none">Nothing here is faster and above {first.floor:g} dB.</p>'
         return f'<article class="card {first.key}"><h3>{title}</h3>{body}</article>'
     psnr = row.value("psnr") or 0.0
-    rivals = "".join(_rival(item) for item in {item.rival and item.rival.name: item for item in items}.values())
+    rivals = "".join(_rival(found, item) for item in {item.rival and item.rival.name: item for item in items}.values())
     return (
         f'<article class="card {first.key}" data-set="{escape(row.name)}"><h3>{title}</h3>'
-        f'<p class="big">{row.speedup:.1f}<span>x faster</span></p>'
+        f'<p class="big">{pace(found, row):.1f}<span>x {unit(found)}</span></p>'
         f'<p class="name">{_breaking(row.name)}</p><p class="why">{escape(explanation(row))}</p>'
         f'<p class="looks"><b>{psnr:.1f} dB</b> {escape(looks(psnr))}</p>{rivals}'
         '<div class="thumbs" aria-hidden="true"></div>'
@@ -158,7 +168,7 @@ def _card(items: Sequence[Advice]) -> str:
     )
 
 
-def _rival(item: Advice) -> str:
+def _rival(found: Comparison, item: Advice) -> str:
     """Beside a method what fewer steps reach at that level, and the other way round."""
     if item.row is None:
         return ""
@@ -166,7 +176,7 @@ def _rival(item: Advice) -> str:
     if item.rival is None:
         return f'<p class="rival">Above {item.floor:g} dB {kind} is not faster than the plain run.</p>'
     psnr = item.rival.value("psnr") or 0.0
-    told = f"Above {item.floor:g} dB {kind}: {item.rival.name}, {item.rival.speedup:.1f}x, {psnr:.1f} dB."
+    told = f"Above {item.floor:g} dB {kind}: {item.rival.name}, {pace(found, item.rival):.1f}x, {psnr:.1f} dB."
     return f'<p class="rival">{escape(told)}</p>'
 
 

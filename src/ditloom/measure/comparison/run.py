@@ -82,6 +82,11 @@ class Comparison:
         """The sets and controls that could run."""
         return [row for row in self.rows[1:] if row.refused is None]
 
+    @property
+    def busy(self) -> bool:
+        """Whether other work of the machine spoilt the wall times."""
+        return busy_share(self.rows) is not None
+
     def row(self, name: str) -> Row:
         """The row of a set as it is written."""
         found = by_name(self.rows, name)
@@ -304,14 +309,19 @@ def _ledger(
     return _Ledger(Bench(model, question, score), folder, follow), said
 
 
-def _busy(rows: Sequence[Row]) -> str | None:
-    """A sentence where other work of the machine made wall times rough."""
+def busy_share(rows: Sequence[Row]) -> float | None:
+    """The share of one processor that this process had while time was taken, where others held it up; else None."""
     shares = [row.processor_share for row in rows if row.processor_share is not None]
-    if not shares or median(shares) >= QUIET:
+    return median(shares) if shares and median(shares) < QUIET else None
+
+
+def _busy(rows: Sequence[Row]) -> str | None:
+    share = busy_share(rows)
+    if share is None:
         return None
     return (
-        f"The machine was busy: while time was taken this process had {median(shares):.0%} of one processor. Wall "
-        "times are rough and single ones wrong; rely on the multiply-accumulates, or measure again on a quiet machine."
+        f"The machine was busy: while time was taken this process had {share:.0%} of one processor. Wall times are "
+        "rough and single ones wrong, so the verdict counts arithmetic; measure again on a quiet machine."
     )
 
 

@@ -49,6 +49,16 @@ def looks(psnr: float) -> str:
     return next(words for floor, words in TIERS if psnr >= floor)
 
 
+def pace(found: Comparison, row: Row) -> float:
+    """How many times as fast, by the clock; on a busy machine by the arithmetic that is left, which no load changes."""
+    return 1 / max(1 - row.share_saved, 1e-9) if found.busy else row.speedup
+
+
+def unit(found: Comparison) -> str:
+    """What a pace is a factor of."""
+    return "less arithmetic" if found.busy else "faster"
+
+
 def advice(found: Comparison) -> list[Advice]:
     """The fastest above each of three floors of quality; a set counts where it is faster than the clock is wrong.
 
@@ -56,10 +66,10 @@ def advice(found: Comparison) -> list[Advice]:
     """
     listed = []
     for key, title, floor, meaning in FAMILIAR:
-        close = [row for row in found.ran if (row.value("psnr") or 0.0) >= floor and row.speedup >= NOTABLE]
-        best = _fastest([row for row in close if not _beaten(found, row)])
+        close = [row for row in found.ran if (row.value("psnr") or 0.0) >= floor and pace(found, row) >= NOTABLE]
+        best = _fastest(found, [row for row in close if not _beaten(found, row)])
         others = [row for row in close if best is not None and _is_control(row) is not _is_control(best)]
-        rival = _fastest([row for row in others if not _beaten(found, row)]) or _fastest(others)
+        rival = _fastest(found, [row for row in others if not _beaten(found, row)]) or _fastest(found, others)
         listed.append(Advice(key, title, floor, meaning, best, rival))
     return listed
 
@@ -69,8 +79,8 @@ def _beaten(found: Comparison, row: Row) -> bool:
     return margin is not None and margin < -EVEN
 
 
-def _fastest(rows: Sequence[Row]) -> Row | None:
-    return max(rows, key=lambda row: row.speedup, default=None)
+def _fastest(found: Comparison, rows: Sequence[Row]) -> Row | None:
+    return max(rows, key=lambda row: pace(found, row), default=None)
 
 
 def _is_control(row: Row) -> bool:
@@ -83,26 +93,29 @@ def headline(found: Comparison) -> str:
     first = next((by_key[key] for key in ("balanced", "safe", "fast") if by_key[key].row is not None), None)
     if first is None or first.row is None:
         return "Nothing here is both faster than the plain run and close to its pictures: keep the plain run."
-    use = _use(first.row, found.plain)
+    use = _use(found, first.row)
     told = f"{use[0].upper()}{use[1:]}."
     safe = by_key["safe"].row
     if safe is not None and safe is not first.row:
-        told += f" If nothing may change, {_use(safe, found.plain)}."
+        told += f" If nothing may change, {_use(found, safe)}."
     if _is_control(first.row) and first.rival is not None:
-        told += f" Of the methods the best is {_worth(first.rival)}."
+        told += f" Of the methods the best is {_worth(found, first.rival)}."
     return told
 
 
-def _worth(row: Row) -> str:
-    """A set with its speed-up and likeness."""
-    return f"{row.name}: {row.speedup:.1f}x faster, {looks(row.value('psnr') or 0.0)}"
+def _worth(found: Comparison, row: Row) -> str:
+    """A set with its pace and likeness."""
+    return f"{row.name}: {_figure(found, row)}"
 
 
-def _use(row: Row, plain: Row) -> str:
+def _use(found: Comparison, row: Row) -> str:
     if not _is_control(row):
-        return f"use {_worth(row)}"
-    close = looks(row.value("psnr") or 0.0)
-    return f"take {row.steps} steps instead of {plain.steps} and no method at all: {row.speedup:.1f}x faster, {close}"
+        return f"use {_worth(found, row)}"
+    return f"take {row.steps} steps instead of {found.plain.steps} and no method at all: {_figure(found, row)}"
+
+
+def _figure(found: Comparison, row: Row) -> str:
+    return f"{pace(found, row):.1f}x {unit(found)}, {looks(row.value('psnr') or 0.0)}"
 
 
 def reasons(found: Comparison) -> list[str]:
