@@ -358,10 +358,11 @@ def build(name: str, **changes: Any) -> Backbone:
 
 @contextmanager
 def using(target: Any, *methods: str | Method | Handler) -> Iterator[Any]:
-    """Attach methods to a model for the length of a `with` block."""
+    """Attach methods to a model for the length of a `with` block; what it cannot have is refused at once."""
     if not isinstance(target, Model):
         raise UserError(f"methods attach to a ditloom model; got a {type(target).__name__}")
-    target.handlers(methods, target.latent_shape())
+    at_once = [m for m in target._methods(methods) if not isinstance(m, Learned)]  # a run tells which calibration fits
+    target.handlers(at_once, target.latent_shape())
     before = list(target.attached)
     target.attached.extend(methods)
     try:

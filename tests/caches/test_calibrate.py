@@ -20,7 +20,7 @@ from ditloom.contracts.method import Assets
 from ditloom.contracts.registries import GUIDANCE, SAMPLERS
 from ditloom.contracts.settings import registered
 from ditloom.measure.calibrate import calibrate, calibrated_methods, chosen, flat_part
-from ditloom.model import Model, load
+from ditloom.model import Model, load, using
 from tests.cli.tiny import tiny
 
 STEPS = 8
@@ -123,6 +123,15 @@ def test_other_steps_where_a_method_tolerates_them(model: Model) -> None:
     model.generate([0], using=["magcache:interpolate=True"], steps=5)
 
 
+def test_attached_for_runs_other_than_the_usual(model: Model) -> None:
+    """The run says which calibration is meant, not the moment of attaching."""
+    calibrated(model, "magcache", steps=5)
+    with using(model, "magcache:threshold=0.5"):
+        assert model.generate([0], steps=5).report.share_saved > 0.1
+        with pytest.raises(UserError, match="magcache needs a calibration"):
+            model.generate([0])
+
+
 def test_several_live_side_by_side(model: Model) -> None:
     first, second = (calibrated(model, "magcache", steps=steps)[0] for steps in (STEPS, 5))
     assert first.parent == second.parent and first != second
@@ -181,9 +190,9 @@ def test_advice_can_be_used(model: Model) -> None:
     for key, assets in found.assets.items():
         keep(assets, key, found.circumstances)
     told = list(found.advice())
-    assert {using.partition(":")[0] for using, _ in told} >= {"teacache", "magcache", "taocache"}
-    for using, _ in told:
-        model.generate([0], using=[using])
+    assert {spec.partition(":")[0] for spec, _ in told} >= {"teacache", "magcache", "taocache"}
+    for spec, _ in told:
+        model.generate([0], using=[spec])
 
 
 def test_spelling() -> None:
