@@ -180,6 +180,19 @@ def test_likeness_in_words_falls_with_psnr():
     assert len(set(words)) == 5
 
 
+def test_values_are_written_as_people_read_them():
+    from ditloom.measure.comparison.columns import COLUMNS
+
+    shown = {column.key: column.shown for column in COLUMNS}
+    assert (shown["psnr"](100.0), shown["psnr"](33.25), shown["speedup"](2.0)) == ("equal", "33.2 dB", "2.00x")
+    assert (shown["share_saved"](-0.001), shown["share_saved"](-0.02), shown["margin"](0.4)) == (
+        "0 %",
+        "-2 %",
+        "+0.4 dB",
+    )
+    assert (shown["held_bytes"](5e5), shown["psnr"](None)) == ("0.50 MB", "")
+
+
 def test_speed_is_the_median_of_turns_taken_beside_the_plain_run():
     r = Row(name="a", methods=("a",), times=(1.0, 2.0, 1.0), plain_times=(2.0, 6.0, 2.2))
     assert r.speedup == pytest.approx(2.2) and r.spread == (2.0, 3.0) and r.seconds == 1.0

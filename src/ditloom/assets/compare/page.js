@@ -37,7 +37,7 @@
   const shown = (row, key) => {
     const found = value(row, key), column = columns.get(key);
     if (found !== null && found === column.equal) return "equal";
-    return found == null ? "\u2013" : (found * column.scale).toFixed(digits(key)) + column.unit;
+    return found == null ? "\u2013" : (found * column.scale).toFixed(digits(key)).replace(/^-(0(?:\.0*)?)$/, "$1") + column.unit;
   };
   const pixelated = (box) => {
     const first = data.strips[PLAIN] && data.strips[PLAIN][0];

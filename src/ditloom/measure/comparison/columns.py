@@ -35,7 +35,10 @@ class Column:
         """As people read it."""
         if value is None:
             return ""
-        return "equal" if value == self.equal else self.form.format(value * self.scale) + self.unit
+        if value == self.equal:
+            return "equal"
+        text = self.form.format(value * self.scale)
+        return (text if text.strip("+-0.") else text.lstrip("-")) + self.unit
 
 
 def _score(metric: str) -> Value:
