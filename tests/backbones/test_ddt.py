@@ -118,6 +118,16 @@ def test_positions_of_a_ddt_span_one_extent_whatever_the_grid() -> None:
     torch.testing.assert_close(small.unflatten(0, (4, 4)), large.unflatten(0, (7, 7))[::2, ::2])
 
 
+@torch.no_grad()
+def test_frequencies_stay_exact_in_half_precision() -> None:
+    backbone: Any = make("dit-dh")
+    exact = backbone.t_embedder.W.clone()
+    embedder = backbone.to(torch.bfloat16).t_embedder
+    assert torch.equal(embedder.W, exact)
+    assert embedder(torch.tensor([0.5])).dtype is torch.bfloat16
+    assert embedder.to("meta").W.is_meta
+
+
 def test_block_kinds_and_what_they_refuse() -> None:
     blocks = make("dit-dh").blocks
     assert [isinstance(b, HeadBlock) for b in blocks] == [False, False, True, True]

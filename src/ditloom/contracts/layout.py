@@ -28,7 +28,8 @@ class Span:
 class Layout:
     """The spans of a forward in joint order (stream by stream), with the token grid of the main segment.
 
-    reads: (name, length) of tokens that blocks read and that are in no stream, such as the text of cross-attention.
+    reads: (name, length) of tokens that blocks read and that are in no stream, such as the text of cross-attention, or
+    of what they go by, such as the side of a pooled grid.
     Static and hashable: it is part of what a compiled graph and a stored tensor belong to.
     """
 

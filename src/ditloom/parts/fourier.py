@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 class FourierTimeEmbedding(nn.Module):
     """[sin(2 pi t W), cos(2 pi t W)] through a two-layer SiLU MLP: [...] -> [..., D]. W ~ N(0, 1) is drawn once, fixed.
 
-    The features are computed in float32; W is a buffer, saved with the weights.
+    The features are computed in float32 and W, a buffer saved with the weights, stays float32 in a bfloat16 model.
     """
 
     W: Tensor
@@ -25,3 +27,10 @@ class FourierTimeEmbedding(nn.Module):
         angles = 2 * math.pi * time.to(torch.float32)[..., None] * self.W.to(torch.float32)
         wave = torch.cat([angles.sin(), angles.cos()], dim=-1)
         return self.mlp(wave.to(next(self.mlp.parameters()).dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        exact = self.W
+        super()._apply(fn, recurse)
+        if not exact.is_meta:
+            self.W = exact.to(self.W.device)
+        return self
