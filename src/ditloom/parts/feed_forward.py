@@ -38,3 +38,11 @@ class SwiGLU(nn.Module):
 
     def macs(self, tokens: int) -> int:
         return cost.linears(self, tokens)
+
+
+class GEGLU(SwiGLU):
+    """w3(gelu(a) * b) with (a, b) = halves of w12(x), in the tanh approximation."""
+
+    def forward(self, x: Tensor, at: Visit | BareVisit = BARE, stream: str = "image") -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(at.tap("ff_hidden", F.gelu(gate, approximate="tanh") * value, stream))

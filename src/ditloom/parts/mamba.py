@@ -42,8 +42,11 @@ class Direction(nn.Module):
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.silu(self.conv(F.pad(x.transpose(1, 2), (TAPS - 1, 0))).transpose(1, 2))
+    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+        """x [B, L, E] to [B, L, E]; `before` [B, E] stands where the convolution looks before the first token."""
+        x = x.transpose(1, 2)
+        x = F.pad(x, (TAPS - 1, 0)) if before is None else torch.cat([before[..., None].expand(-1, -1, TAPS - 1), x], 2)
+        x = F.silu(self.conv(x).transpose(1, 2))
         dt, B, C = self.x_proj(x).split([self.rank, self.states, self.states], dim=-1)
         dt = F.softplus(wide(F.linear(dt, self.dt_proj.weight)) + wide(self.dt_proj.bias))
         return selective_scan(x, dt, -torch.exp(wide(self.A_log)), B, C) + self.D * x
@@ -77,11 +80,11 @@ class Mamba(nn.Module):
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(layers)
 
-    def forward(self, h: Tensor, at: Visit | BareVisit = BARE) -> Tensor:
+    def forward(self, h: Tensor, at: Visit | BareVisit = BARE, before: Tensor | None = None) -> Tensor:
         x, z = at.tap("in_proj", self.in_proj(h)).chunk(2, dim=-1)
-        y = self.ahead(x)
+        y = self.ahead(x, before)
         if self.back is not None:
-            y = y + self.back(x.flip(1)).flip(1)
+            y = y + self.back(x.flip(1), before).flip(1)
         return self.out_proj(at.tap("scanned", y * F.silu(z)))
 
     def macs(self, tokens: int) -> int:

@@ -39,8 +39,9 @@ MODERN = ("feat_rope.freqs_cos", ".norm1.weight", ".mlp.w12.weight", ".attn.q_no
 
 
 def has_adaln_blocks(foreign: Foreign) -> bool:
-    """Whether the names are those of DiT, SiT or LightningDiT."""
-    return any(re.match(r"blocks\.\d+\.adaLN_modulation\.1\.", key) for key in foreign.tensors)
+    """Whether the names are those of DiT, SiT or LightningDiT (DiMSUM has the same modulation, and scans)."""
+    scans = any("_mamba." in key for key in foreign.tensors)
+    return not scans and any(re.match(r"blocks\.\d+\.adaLN_modulation\.1\.", key) for key in foreign.tensors)
 
 
 def is_modern(foreign: Foreign) -> bool:
