@@ -15,7 +15,7 @@ from torch import nn
 from ditloom.contracts.assets import packed, read
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.method import Assets, Learned
-from ditloom.contracts.registries import GUIDANCE, SAMPLERS
+from ditloom.contracts.registries import GUIDANCE, SAMPLERS, TRAININGS
 from ditloom.contracts.settings import registered
 from ditloom.data.fetch import cache_folder
 
@@ -68,7 +68,8 @@ class Circumstances:
     def command(self, key: str) -> str:
         """How to make a calibration for just these."""
         how = f"--steps {self.steps} --sampler {self.sampler} --guidance {self.guidance}"
-        return f"ditloom calibrate --model {self.name} --methods {key} {how}"
+        asked = "--train" if key in TRAININGS.names() else "--methods"
+        return f"ditloom calibrate --model {self.name} {asked} {key} {how}"
 
     @property
     def places(self) -> list[Path]:

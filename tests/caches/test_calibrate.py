@@ -240,9 +240,23 @@ def test_the_command_tells_how_to_go_on(model: Model, capsys: pytest.CaptureFixt
     assert "magcache:threshold=0.06,max_consecutive=3" in out and "change of" in out
 
 
+def test_a_timetable_is_learned_kept_and_found(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    training = "harmonica:trajectories=2,batch=2,target=0.5"
+    code, out, err = run_command(capsys)("calibrate", "--model", model.folder, "--count", 3, "--train", training)
+    assert code == 0 and "harmonica 2/2 rounds" in err and "the learned timetable" in out, err
+    assert "teacache" not in out, "only what was asked for"
+    result = model.generate([0], using=["harmonica"])
+    assert result.report.full_macs > 0
+    with pytest.raises(UserError, match="ditloom calibrate --model .* --train harmonica"):
+        model.generate([0], using=["harmonica"], steps=5)
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
+        (("--methods", "harmonica"), "ask for it with --train harmonica"),
+        (("--train", "harmonica:trajectory=2"), "did you mean 'trajectories'"),
+        (("--train", "harmoni"), "did you mean 'harmonica'"),
         (("--methods", "fbcache"), "fbcache reads no calibration"),
         (("--count", 0), "--count and --batch-size are at least 1"),
         (("--steps", 2, "--methods", "taocache"), "taocache learns nothing from 2 steps"),

@@ -22,3 +22,12 @@ class DrawingProgress(Progress):
         if rate:
             parts += [f"{rate / self.steps:.3g} img/s", f"{duration((self.total - images) / rate)} left"]
         return "  ".join(parts)
+
+
+class RoundsProgress(Progress):
+    """Counts the rounds of a training."""
+
+    def _describe(self, images: int, values: dict[str, float]) -> str:
+        parts = [f"{images:,}/{self.total:,} rounds", *(f"{name} {value:.3g}" for name, value in values.items())]
+        rate = self.speed.rate
+        return "  ".join([*parts, f"{duration((self.total - images) / rate)} left"] if rate else parts)

@@ -16,4 +16,5 @@ METHODS = Registry(
     *(f"ditloom.{folder}" for folder in ("caches", "sparsity", "compression", "control", "editing")),
     group="ditloom.methods",
 )
+TRAININGS = Registry("training of a method", "ditloom.distillation")
 ADAPTERS = Registry("adapter", "ditloom.adapters", group="ditloom.adapters")

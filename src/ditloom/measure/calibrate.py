@@ -13,7 +13,8 @@ from ditloom.caches.trace import KINDS, Recorder, Trace
 from ditloom.calibration import Circumstances
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.method import Assets, Calibrated
-from ditloom.contracts.registries import METHODS
+from ditloom.contracts.registries import METHODS, TRAININGS
+from ditloom.contracts.settings import registered
 
 if TYPE_CHECKING:
     from ditloom.model import Input, Model
@@ -51,6 +52,8 @@ def chosen(listed: str) -> list[str]:
     """Methods from names with commas between, or all that read a calibration."""
     keys = [name.strip() for name in listed.split(",") if name.strip()] or calibrated_methods()
     for key in keys:
+        if key in TRAININGS.names():
+            raise UserError(f"{key} is learned in a training, not seen in a plain run: ask for it with --train {key}")
         if not _reads(METHODS.get(key)):
             raise UserError(f"{key} reads no calibration; those that do are {', '.join(calibrated_methods())}")
     return keys
@@ -81,6 +84,25 @@ def calibrate(
     trace = Trace.joined(traces)
     now = Circumstances.of(model, model.latent_shape(settings.get("size")), settings)
     return Calibration(trace, now, dict(_fitted(trace, now, methods, len(inputs))))
+
+
+def taught(
+    model: Model,
+    inputs: Sequence[Input],
+    settings: Mapping[str, Any],
+    training: str | Any,
+    note: Callable[[int, int, Mapping[str, float]], None] = lambda *_: None,
+) -> tuple[str, Assets]:
+    """The method and the assets of a training such as "harmonica:trajectories=60"; `note` follows its rounds."""
+    from ditloom.distillation.setting import Setting
+
+    chosen = registered(TRAININGS, training)
+    registration = type(chosen).__registration__
+    key = registration.facts.get("trains", registration.name)
+    plain = replace(model, attached=[])
+    tensors = chosen.train(Setting(plain, dict(settings), list(inputs)), note)
+    now = Circumstances.of(model, model.latent_shape(settings.get("size")), settings)
+    return key, Assets(tensors, {**now.facts(key), "training": str(chosen)})
 
 
 def _fitted(trace: Trace, now: Circumstances, methods: Sequence[str], pictures: int) -> Iterator[tuple[str, Assets]]:

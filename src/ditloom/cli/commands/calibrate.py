@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +13,14 @@ from tyro.conf import UseAppendAction
 from ditloom.cli.command import Answer, Command, OptionalPath, OptionalText, OptionalWhole, Whole
 from ditloom.cli.place import device_of, dtype_of
 from ditloom.cli.show import shown_path, table
-from ditloom.cli.wanted import inputs_of, settings_of
+from ditloom.cli.wanted import check_spec, inputs_of, settings_of
 from ditloom.contracts.errors import UserError
+from ditloom.contracts.registries import TRAININGS
 from ditloom.contracts.registry import register
 
 if TYPE_CHECKING:
+    from ditloom.calibration import Circumstances
+    from ditloom.contracts.method import Assets
     from ditloom.measure.calibrate import Calibration
     from ditloom.model import Input, Model
 
@@ -32,7 +37,9 @@ class Calibrate(Command):
     model: str
     """a bundled model, a model folder or a hub name"""
     methods: str = ""
-    """methods with commas between; unless given, all that are calibrated"""
+    """methods with commas between; unless given, all that a plain run calibrates, or none beside --train"""
+    train: UseAppendAction[tuple[str, ...]] = ()
+    """learn a timetable in a training, such as harmonica:trajectories=60,target=0.5 or learning-to-cache"""
     prompt: UseAppendAction[tuple[str, ...]] = ()
     """a prompt to draw; may be given again"""
     prompts: OptionalPath = None
@@ -61,18 +68,29 @@ class Calibrate(Command):
     """auto, cpu, cuda or mps"""
 
     def run(self) -> Answer:
-        from ditloom.calibration import keep
-        from ditloom.cli.progress import DrawingProgress
-        from ditloom.measure.calibrate import calibrate, chosen
+        from ditloom.calibration import Circumstances, keep
+        from ditloom.measure.calibrate import chosen
         from ditloom.model import load
 
         if self.count < 1 or self.batch_size < 1:
             raise UserError(f"--count and --batch-size are at least 1; got {self.count} and {self.batch_size}")
-        keys = chosen(self.methods)
+        keys = chosen(self.methods) if self.methods or not self.train else []
+        for spec in self.train:
+            check_spec(TRAININGS, spec)
         model = load(self.model, dtype=dtype_of(self.dtype), device=device_of(self.device))
         told = settings_of(model, steps=self.steps, guidance=self.guidance, sampler=self.sampler, size=self.size)
-        settings = {**told, "seed": self.seed}
-        inputs, done = self._inputs(model), 0
+        settings, inputs = {**told, "seed": self.seed}, self._inputs(model)
+        now = Circumstances.of(model, model.latent_shape(settings["size"]), settings)
+        found = self._watched(model, inputs, settings, keys) if keys else None
+        assets = dict(found.assets) if found else {}
+        assets |= dict(self._taught(model, inputs, settings, spec) for spec in self.train)
+        return self._answer(found, assets, {key: keep(kept, key, now) for key, kept in assets.items()}, now)
+
+    def _watched(self, model: Model, inputs: list[Input], settings: dict[str, Any], keys: list[str]) -> Calibration:
+        from ditloom.cli.progress import DrawingProgress
+        from ditloom.measure.calibrate import calibrate
+
+        done = 0
         with DrawingProgress(len(inputs), int(settings["steps"]), label="calibrate", quiet=self.json) as bar:
 
             def follow(pictures: int) -> None:
@@ -81,9 +99,22 @@ class Calibrate(Command):
                 bar.follow(done)
 
             options: Any = {"batch_size": self.batch_size, "sites": not self.no_sites, "on_step": follow}
-            found = calibrate(model, inputs, settings, keys, **options)
-        written = {key: keep(assets, key, found.circumstances) for key, assets in found.assets.items()}
-        return self._answer(found, written)
+            return calibrate(model, inputs, settings, keys, **options)
+
+    def _taught(self, model: Model, inputs: list[Input], settings: dict[str, Any], spec: str) -> tuple[str, Assets]:
+        from ditloom.cli.progress import RoundsProgress
+        from ditloom.measure.calibrate import taught
+
+        with contextlib.ExitStack() as stack:
+            bars: list[Any] = []
+
+            def note(done: int, total: int, values: Mapping[str, float]) -> None:
+                if not bars:
+                    name = spec.partition(":")[0]
+                    bars.append(stack.enter_context(RoundsProgress(total, label=name, quiet=self.json)))
+                bars[0].update(done, **values)
+
+            return taught(model, inputs, settings, spec, note)
 
     def _inputs(self, model: Model) -> list[Input]:
         if self.prompt or self.prompts or self.classes:
@@ -92,31 +123,35 @@ class Calibrate(Command):
         usual = usual_inputs(model, self.count)
         return [usual[i % len(usual)] for i in range(self.count)]
 
-    def _answer(self, found: Calibration, written: dict[str, Path]) -> Answer:
-        from ditloom.measure.calibrate import flat_part
-
-        now, curves = found.circumstances, found.curves()
+    def _answer(
+        self, found: Calibration | None, assets: dict[str, Assets], written: dict[str, Path], now: Circumstances
+    ) -> Answer:
         how = f"--steps {now.steps} --sampler {now.sampler} --guidance {now.guidance}"
-        shown: list[Any] = [shown_path(path) for path in written.values()]
-        shown.append(f"with  {how}  use")
-        shown.append(table(("--using", "what it does"), list(found.advice())))
-        flat = {kind: flat_part(curve) for kind, curve in curves.items()}
-        rows = [
-            (kind, *(f"{v:.3g}" for v in _spread(curve)), "{} to {}".format(*flat[kind]))
-            for kind, curve in curves.items()
+        advice = [
+            *(found.advice() if found else ()),
+            *((key, "the learned timetable") for key in self._trained(assets)),
         ]
-        heads = ("change of", "first", "1/4", "1/2", "3/4", "last", "least on steps")
-        if rows:
-            shown.append(table(heads, rows, right=heads[1:6]))
+        shown: list[Any] = [shown_path(path) for path in written.values()]
+        shown += [f"with  {how}  use", table(("--using", "what it does"), advice)]
         document = {
             "files": written,
-            "made_for": {key: dict(assets.made_for) for key, assets in found.assets.items()},
-            "tensors": {k: {n: t.tolist() for n, t in a.tensors.items()} for k, a in found.assets.items()},
-            "advice": [{"using": using, "what": what} for using, what in found.advice()],
-            "curves": curves,
-            "least": flat,
+            "made_for": {key: dict(kept.made_for) for key, kept in assets.items()},
+            "tensors": {key: {n: t.tolist() for n, t in kept.tensors.items()} for key, kept in assets.items()},
+            "advice": [{"using": using, "what": what} for using, what in advice],
         }
-        return Answer(document, shown)
+        if found is None:
+            return Answer(document, shown)
+        from ditloom.measure.calibrate import flat_part
+
+        curves = found.curves()
+        flat = {kind: flat_part(curve) for kind, curve in curves.items()}
+        rows = [(kind, *(f"{v:.3g}" for v in _spread(c)), "{} to {}".format(*flat[kind])) for kind, c in curves.items()]
+        heads = ("change of", "first", "1/4", "1/2", "3/4", "last", "least on steps")
+        shown += [table(heads, rows, right=heads[1:6])] if rows else []
+        return Answer({**document, "curves": curves, "least": flat}, shown)
+
+    def _trained(self, assets: dict[str, Assets]) -> list[str]:
+        return [key for key, kept in assets.items() if "training" in kept.made_for]
 
 
 def usual_inputs(model: Model, count: int) -> list[Input]:
