@@ -84,16 +84,12 @@ class FluxSingleBlock(Block):
     stages = ("modulated_in", *attention.STAGES, "ff_hidden")
     row_sites = ("mlp",)
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0):
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, mlp: Any = None):
         super().__init__()
         self.norm = LayerNorm(width)
         self.attn = attention.Projections(width, heads, qk_norm="rms")
-        self.mlp = self.make_mlp(width, int(width * mlp_ratio))
+        self.mlp = mlp or MLP(width, int(width * mlp_ratio), out_bias=False)
         self.modulation = AdaLN(width, 3)
-
-    def make_mlp(self, width: int, hidden: int) -> Any:
-        """The feed-forward, without a bias of its own at its end."""
-        return MLP(width, hidden, out_bias=False)
 
     def forward(
         self, streams: Streams, context: Context, plan: BlockPlan | None = None, given: Mapping[str, Any] = NOTHING
