@@ -1,9 +1,14 @@
 """`compare`: a table, comparison.json, the page; what is refused; what survives an interruption."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
+from ditloom.cli.commands.compare import Compare
+from ditloom.cli.flags import parsed
 from ditloom.contracts.errors import UserError
 from ditloom.measure.comparison.run import _Ledger
 
@@ -112,3 +117,18 @@ def test_python_has_the_same_door(model_folder):
     assert found.row("fora:interval=2").share_saved > 0 and found.front()
     with pytest.raises(UserError, match="'pab' is not in this comparison"):
         found.row("pab")
+
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "how-to-compare.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("line", re.findall(r"^ditloom compare .+$", GUIDE, re.M))
+def test_the_guide_writes_commands_as_they_are(line):
+    parsed(Compare, "compare", shlex.split(line)[2:])._check()
+
+
+@pytest.mark.slow
+def test_the_guide_writes_python_as_it_is(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
+    exec(compile(code, "how-to-compare.md", "exec"), {})
+    assert "fewer-steps:steps=" in capsys.readouterr().out and Path("out/mine/comparison.html").is_file()
