@@ -21,5 +21,5 @@ class HarmoniCa(Routed):
     """Every attention and feed-forward is computed or reused, however old, as routers trained on whole runs decided.
 
     The routers belong to one model, sampler, step count and guidance. They are trained without images; see
-    `ditloom calibrate --methods harmonica`.
+    `ditloom calibrate --train harmonica`.
     """

@@ -22,5 +22,5 @@ class LearningToCache(Routed):
     """Every second step reuses those attentions and feed-forwards of the step before that routers have chosen.
 
     At most half of the steps reuse anything, and nothing is older than one step. The routers belong to one model,
-    sampler and step count, and are trained on pictures; see `ditloom calibrate --methods learning-to-cache`.
+    sampler and step count, and are trained on pictures; see `ditloom calibrate --train learning-to-cache`.
     """
