@@ -123,12 +123,20 @@ def test_an_unknown_setting_names_the_nearest(backbone: Backbone) -> None:
 def test_other_sizes(name: str) -> None:
     backbone, size = make(name), OF[name].other_size
     x, t, condition = inputs(backbone)
-    x = torch.randn(*x.shape[: -len(size)], *size, generator=torch.Generator().manual_seed(2))
+    x, condition = resized(x, condition, size)
     y = backbone(x, t, condition)
     assert y.shape == (3, channels(name), *x.shape[2:])
     if OF[name].turns:
-        turned = backbone(x.mT, t, condition)
+        turned = backbone(x.mT, t, condition.map(lambda v: v.mT if v.shape[2:] == x.shape[2:] else v))
         assert not torch.allclose(turned.mT, y, atol=1e-3)  # rows and columns are not the same to it
+
+
+def resized(x: torch.Tensor, condition: Condition, size: tuple[int, ...]) -> tuple[torch.Tensor, Condition]:
+    """A latent of another size, and with it what a condition gives in the layout of latents."""
+    generator = torch.Generator().manual_seed(2)
+    other = torch.randn(*x.shape[: -len(size)], *size, generator=generator)
+    along = lambda v: torch.randn(*v.shape[:2], *other.shape[2:], generator=generator)  # noqa: E731
+    return other, condition.map(lambda v: along(v) if v.shape[2:] == x.shape[2:] else v)
 
 
 @pytest.mark.parametrize("name", TIMED)

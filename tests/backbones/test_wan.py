@@ -128,6 +128,21 @@ def test_every_token_hears_every_other() -> None:
     assert bool(((first[0] - first[1]).abs().amax(2) > 0).all())
 
 
+@torch.no_grad()
+def test_text_and_image_are_two_softmaxes_added() -> None:
+    from ditloom.parts.attention import kernel
+    from ditloom.parts.cross_attention import ImageCrossAttention
+
+    cross = ImageCrossAttention(32, 4, 6, qk_norm="rms-full")
+    q, tokens = torch.randn(2, 7, 4, 8), torch.randn(2, 9, 32)
+    k, v = cross.keys_values(tokens).unbind(2)
+    assert k.shape == (2, 9, 4, 8)
+    expected = kernel(q, k[:, 3:], v[:, 3:]) + kernel(q, k[:, :3], v[:, :3])
+    torch.testing.assert_close(cross.attend(q, k, v, None), expected)
+    own = cross.k_norm(cross.kv(tokens[:, 3:]).chunk(2, -1)[0].unflatten(-1, (4, 8)))
+    torch.testing.assert_close(k[:, 3:], own)
+
+
 def test_what_it_cannot_do_is_said() -> None:
     with pytest.raises(UserError, match="head dimension 15 is odd"):
         WanConfig(depth=1, width=30, heads=2, hidden=8)
@@ -137,6 +152,17 @@ def test_what_it_cannot_do_is_said() -> None:
     x, t, condition = inputs(backbone)
     with pytest.raises(UserError, match="2x2x2; got 3x4x8, try 2x4x8"):
         backbone(x[:, :, :3], t, condition)
+
+
+def test_what_an_image_model_needs_is_said() -> None:
+    backbone = make("wan-image")
+    x, t, condition = inputs(backbone)
+    for name, shape in (("image", r"\[batch, tokens, 20\]"), ("given", r"\[batch, 3, frames, height, width\]")):
+        rest = {k: v for k, v in condition.extra.items() if k != name}
+        with pytest.raises(UserError, match=f"extra={{'{name}': ...}}.* of shape {shape}"):
+            backbone(x, t, replace(condition, extra=rest))
+    with pytest.raises(UserError, match=r"size \[2, 4, 8\] and the video given beside it \[2, 8, 8\]"):
+        backbone(x[..., :4, :], t, condition)
 
 
 @pytest.mark.parametrize("batched", [True, False])

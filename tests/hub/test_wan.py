@@ -1,8 +1,8 @@
 """Wan beside diffusers' WanTransformer3DModel, and the official module's own numbers.
 
-Golden numbers: tensor j of the sorted names is `formula(shape, j, 0.3)`; x [3, 3, 4, 6, 10] is tensor 1000, text
-[3, 7, 20] tensor 1001, at scale 1.5, of which rows have 7, 4 and 1 tokens; native times 970, 400, 25. The official
-sinusoid is in float64, ours in float32 as diffusers'.
+Golden numbers: tensor j of the sorted names is `formula(shape, j, 0.3)`, 0.2 for images to video; x [3, 3, 4, 6, 10] is
+tensor 1000, text [3, 7, 20] tensor 1001, the given video 1002, CLIP's states [3, 5, 1280] 1003, at scale 1.5; rows have
+7, 4 and 1 text tokens; native times 970, 400, 25. The official sinusoid is in float64, ours in float32 as diffusers'.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.hub.test_golden import formula
 
 diffusers = pytest.importorskip("diffusers")
 
-GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("wan.json").read_text())["t2v"]
+GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("wan.json").read_text())
 SIZES = [(2, 8, 8), (3, 12, 4), (1, 6, 10)]
 SMALL: dict[str, Any] = {"depth": 3, "width": 80, "heads": 4, "hidden": 96, "text_width": 32, "text_tokens": 9}
 
@@ -80,6 +80,39 @@ def test_a_time_per_token_as_diffusers_has_it() -> None:
     close(ours(video(2, 8, 8), t, text()), run(theirs, video(2, 8, 8), text(), t))
 
 
+IMAGE = WanConfig(
+    **{**SMALL, "text_tokens": 512}, channels=4, image_width=20, given=3
+)  # that port reads 512 text tokens
+
+
+def with_image() -> Condition:
+    g = torch.Generator().manual_seed(4)
+    extra = {"image": torch.randn(3, 5, 20, generator=g), "given": torch.randn(3, 3, 2, 6, 10, generator=g)}
+    return Condition(text=text().text, text_mask=text().text_mask, extra=extra)
+
+
+def run_with_image(theirs: Any, x: Tensor, condition: Condition) -> Tensor:
+    image, given = condition.extra["image"], condition.extra["given"]
+    whole = torch.cat([x, given], dim=1)
+    return theirs(whole, (1000 * T).float(), padded(condition, 512), image, return_dict=False)[0]
+
+
+@torch.no_grad()
+def test_images_to_video_both_ways(tmp_path: Path) -> None:
+    theirs, x, condition = their_wan(IMAGE), video(2, 6, 10), with_image()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_foreign(tmp_path / "theirs")
+    assert ours.preset == IMAGE
+    y = run_with_image(theirs, x, condition)
+    assert float(y.std()) > 0.1
+    close(ours(x, T, condition), y)
+    ours = randomised(IMAGE.build())
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(save_foreign(ours, "diffusers-wan", tmp_path / "ours"))
+    close(ours(x, T, condition), run_with_image(theirs.eval(), x, condition))
+    official = load_foreign(foreign_state_dict(ours, "wan"), IMAGE)
+    assert all(torch.equal(v, official.state_dict()[k]) for k, v in ours.state_dict().items())
+
+
 @pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 2)])
 @torch.no_grad()
 def test_to_diffusers(patch: tuple[int, int, int], tmp_path: Path) -> None:
@@ -113,18 +146,27 @@ def test_official_names_tell_every_setting(name: str) -> None:
     assert WanStateDict().config(Foreign(theirs)) == replace(PRESETS[name], size=(21, 60, 104))
 
 
+OFFICIAL = {**SMALL, "text_width": 20, "text_tokens": 7, "channels": 3}
+CONFIGS = {
+    "t2v": (WanConfig(**OFFICIAL), 0.3),
+    "i2v": (WanConfig(**{**OFFICIAL, "depth": 2}, image_width=1280, given=3), 0.2),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
-def test_computes_what_the_official_module_computes() -> None:
-    config = WanConfig(**{**SMALL, "text_width": 20, "text_tokens": 7}, channels=3)
+def test_computes_what_the_official_module_computes(name: str) -> None:
+    golden, (config, scale) = GOLDEN[name], CONFIGS[name]
     theirs = foreign_state_dict(config.build(), "wan")
-    theirs = {k: formula(tuple(theirs[k].shape), j, 0.3) for j, k in enumerate(sorted(theirs))}
-    assert len(theirs) == GOLDEN["tensors"]
+    theirs = {k: formula(tuple(theirs[k].shape), j, scale) for j, k in enumerate(sorted(theirs))}
+    assert len(theirs) == golden["tensors"]
     backbone = load_foreign(theirs, config)
-    mask = torch.arange(7)[None] < torch.tensor(GOLDEN["lengths"])[:, None]
-    condition = Condition(text=formula((3, 7, 20), 1001, 1.5), text_mask=mask)
-    t = config.time.noise_level(torch.tensor(GOLDEN["time"]))
+    mask = torch.arange(7)[None] < torch.tensor(golden["lengths"])[:, None]
+    extra = {"given": formula((3, 3, 4, 6, 10), 1002, 1.5), "image": formula((3, 5, 1280), 1003, 1.5)}
+    condition = Condition(text=formula((3, 7, 20), 1001, 1.5), text_mask=mask, extra=extra if config.given else {})
+    t = config.time.noise_level(torch.tensor(golden["time"]))
     y = backbone(formula((3, 3, 4, 6, 10), 1000, 1.5), t, condition)
-    expected = torch.tensor(GOLDEN["output"]).reshape(GOLDEN["shape"])
+    expected = torch.tensor(golden["output"]).reshape(golden["shape"])
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 

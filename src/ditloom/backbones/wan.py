@@ -6,8 +6,9 @@ modulation for all blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,14 @@ from ditloom.contracts.time import FLOW_1000, TimeInput
 from ditloom.parts import attention, cost, cross_attention
 from ditloom.parts.adaln_single import AdaLNSingle, ModulationTable, TableHead, head_modulation, single_modulation
 from ditloom.parts.checks import check_heads, check_rows, check_text
-from ditloom.parts.cross_attention import CrossAttention, handed, reading_text, text_memory, text_shared
+from ditloom.parts.cross_attention import (
+    CrossAttention,
+    ImageCrossAttention,
+    handed,
+    reading_text,
+    text_memory,
+    text_shared,
+)
 from ditloom.parts.embedders import TextEmbedding, TimeEmbedding
 from ditloom.parts.feed_forward import MLP
 from ditloom.parts.norms import LayerNorm, modulate
@@ -41,6 +49,8 @@ class WanConfig(BackboneConfig):
     """Settings of a Wan. size: latent (frames, height, width) of an example; any other works. hidden: of the MLP.
 
     text_tokens: to how many tokens every text is filled up with zeros, which are attended to, as in training.
+    image_width: of the states of CLIP's image encoder in a model for images to video, 0 for text alone; image_tokens:
+    how many an example has. given: channels of the video, with its masks, that such a model is given beside x.
     """
 
     family: ClassVar[str] = "wan"
@@ -56,6 +66,9 @@ class WanConfig(BackboneConfig):
     channels: int = 16
     text_width: int = 4096
     text_tokens: int = 512
+    image_width: int = 0
+    image_tokens: int = 257
+    given: int = 0
     theta: float = 10000.0
     time: TimeInput = FLOW_1000
 
@@ -89,11 +102,11 @@ class WanBlock(Block):
     stages = ("modulated_in", *attention.STAGES, *cross_attention.STAGES, "ff_hidden")
     row_sites = ("mlp",)
 
-    def __init__(self, width: int, heads: int, hidden: int):
+    def __init__(self, width: int, heads: int, hidden: int, cross: CrossAttention):
         super().__init__()
         self.norm1, self.norm_cross, self.norm2 = LayerNorm(width), LayerNorm(width, True), LayerNorm(width)
         self.attn = attention.SelfAttention(width, heads, qk_norm="rms-full")
-        self.cross = CrossAttention(width, heads, qk_norm="rms-full")
+        self.cross = cross
         self.mlp = MLP(width, hidden)
         self.modulation = ModulationTable(width)
 
@@ -126,11 +139,26 @@ class WanBlock(Block):
         }
 
 
+class ImageEmbedding(nn.Module):
+    """States of an image encoder [B, n, inputs] to tokens [B, n, D]: LN, linear, GELU, linear, LN."""
+
+    def __init__(self, inputs: int, width: int):
+        super().__init__()
+        self.norm_in, self.norm_out = nn.LayerNorm(inputs), nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(inputs, inputs), nn.Linear(inputs, width)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.norm_out(self.fc2(nn.functional.gelu(self.fc1(self.norm_in(image)))))
+
+
 @register("wan", paper="Wan: Open and Advanced Large-Scale Video Generative Models, arXiv 2503.20314")
 class Wan(Backbone):
-    """Text to video. A text mask tells which states are real: the others are taken as zeros, and attended to.
+    """Text, or text and an image, to video.
 
-    x [B, C, T, H, W] with sizes that are multiples of the patch; prediction [B, C, T, H, W], noise - data.
+    A text mask tells which states are real: the others are taken as zeros, and attended to. A model for images to video
+    reads extra["image"], CLIP's states [B, n, image_width], and extra["given"], the encoded video that is given with
+    the masks of what is given [B, given, T, H, W]. x [B, C, T, H, W] with sizes that are multiples of the patch;
+    prediction [B, C, T, H, W], noise - data.
     """
 
     missing: ClassVar[Mapping[str, str]] = {
@@ -143,14 +171,22 @@ class Wan(Backbone):
         super().__init__()
         self.preset = config
         width = config.width
-        self.x_embedder = VideoPatchEmbed(config.patch, config.channels, width)
+        self.x_embedder = VideoPatchEmbed(config.patch, config.channels + config.given, width)
         self.t_embedder = TimeEmbedding(width)
         self.modulation = AdaLNSingle(width)
         self.text_embedder = TextEmbedding(config.text_width, width)
-        self.blocks = nn.ModuleList(WanBlock(width, config.heads, config.hidden) for _ in range(config.depth))
-        patch = self.x_embedder.proj.weight[0, 0].numel()
-        self.final_layer = TableHead(width, patch * config.channels)
+        self.image_embedder = ImageEmbedding(config.image_width, width) if config.image_width else None
+        self.blocks = nn.ModuleList(
+            WanBlock(width, config.heads, config.hidden, self._cross()) for _ in range(config.depth)
+        )
+        self.final_layer = TableHead(width, math.prod(config.patch) * config.channels)
         self.initialise()
+
+    def _cross(self) -> CrossAttention:
+        c = self.preset
+        if c.image_width:
+            return ImageCrossAttention(c.width, c.heads, c.text_tokens, qk_norm="rms-full")
+        return CrossAttention(c.width, c.heads, qk_norm="rms-full")
 
     @property
     def crosses(self) -> list[CrossAttention]:
@@ -173,7 +209,23 @@ class Wan(Backbone):
         if condition.text_mask is not None:
             text = text * condition.text_mask[..., None].to(text.dtype)
         text = nn.functional.pad(text, (0, 0, 0, c.text_tokens - text.shape[1]))
-        return text_memory(self.crosses, self.text_embedder(text), None)
+        tokens, extra = self.text_embedder(text), {}
+        if self.image_embedder is not None:
+            tokens = torch.cat([self.image_embedder(self._asked(condition, "image", 3, c.image_width)), tokens], dim=1)
+        if c.given:
+            extra = {"given": self._asked(condition, "given", 5, c.given)}
+        memory = text_memory(self.crosses, tokens, None)
+        return replace(memory, extra={**memory.extra, **extra})
+
+    def _asked(self, condition: Condition, name: str, axes: int, features: int) -> Tensor:
+        """A condition of a model for images to video: [B, n, features], or [B, features, T, H, W]."""
+        value = condition.extra.get(name)
+        if value is None or value.ndim != axes or value.shape[2 if axes == 3 else 1] != features:
+            shape = {3: f"[batch, tokens, {features}]", 5: f"[batch, {features}, frames, height, width]"}[axes]
+            raise UserError(
+                f"this Wan makes videos of images: give Condition(extra={{{name!r}: ...}}) of shape {shape}"
+            )
+        return value.to(self.dtype)
 
     def embed(
         self, x: Tensor, time: Tensor, memory: Memory, segments: Sequence[Segment] = ()
@@ -181,13 +233,22 @@ class Wan(Backbone):
         check_video(x, self.preset.channels, self.preset.patch, "Wan")
         check_rows(x, memory.text, "text")
         check_streams(segments, ("image",), "Wan")
-        joined = join_video(x.to(self.dtype), self.x_embedder, segments)
+        joined = join_video(self._completed(x.to(self.dtype), memory), self.x_embedder, segments)
         emb = self.t_embedder(time)
         embed_time = lambda t: self.t_embedder(self.preset.time.native(t))  # noqa: E731
         c = single_modulation(self.modulation, modulation(emb, None, segments, embed_time))
         tables = {"image": self._rotary(joined)}
         context = Context(modulation=c, rotary=tables, time=emb, shared=text_shared(memory))
         return Streams({"image": joined.tokens}, reading_text(joined.layout, memory)), context
+
+    def _completed(self, x: Tensor, memory: Memory) -> Tensor:
+        """x and what is given beside it."""
+        given = memory.extra.get("given")
+        if given is None:
+            return x
+        if given.shape[2:] != x.shape[2:]:
+            raise UserError(f"x has the size {list(x.shape[2:])} and the video given beside it {list(given.shape[2:])}")
+        return torch.cat([x, given], dim=1)
 
     def _rotary(self, joined: Joined) -> tuple[Tensor, Tensor]:
         c, device = self.preset, joined.tokens.device
@@ -207,19 +268,33 @@ class Wan(Backbone):
         c = self.preset
         x = torch.randn(batch, c.channels, *c.size, device=device)
         text = torch.randn(batch, c.text_tokens, c.text_width, device=device)
-        return x, torch.rand(batch, dtype=torch.float64, device=device), Condition(text=text)
+        extra = {}
+        if c.image_width:
+            extra["image"] = torch.randn(batch, c.image_tokens, c.image_width, device=device)
+        if c.given:
+            extra["given"] = torch.randn(batch, c.given, *c.size, device=device)
+        return x, torch.rand(batch, dtype=torch.float64, device=device), Condition(text=text, extra=extra)
 
     def end_macs(self, layout: Layout) -> dict[str, int]:
-        image, text = layout.span("image").length, layout.read("text")
+        image, read, text = layout.span("image").length, layout.read("text"), self.preset.text_tokens
+        prepare = cost.linears(self.text_embedder, text) + sum(cross.text_macs(read) for cross in self.crosses)
+        if self.image_embedder is not None:
+            prepare += cost.linears(self.image_embedder, read - text)
         return {
             "embed": self.x_embedder.macs(image),
             "time": cost.linears(self.t_embedder, 1) + self.modulation.macs(1),
-            "prepare": cost.linears(self.text_embedder, text) + sum(cross.text_macs(text) for cross in self.crosses),
+            "prepare": prepare,
             "head": self.final_layer.macs(image),
         }
+
+
+def _i2v(**more: Any) -> WanConfig:
+    return WanConfig(depth=40, width=5120, heads=40, hidden=13824, image_width=1280, given=20, **more)
 
 
 PRESETS = {
     "Wan2.1-T2V-1.3B": WanConfig(depth=30, width=1536, heads=12, hidden=8960),
     "Wan2.1-T2V-14B": WanConfig(depth=40, width=5120, heads=40, hidden=13824, size=(21, 90, 160)),
+    "Wan2.1-I2V-14B-480P": _i2v(),
+    "Wan2.1-I2V-14B-720P": _i2v(size=(21, 90, 160)),
 }

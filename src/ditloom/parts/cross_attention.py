@@ -61,8 +61,12 @@ class CrossAttention(nn.Module):
         k, v = (at.tap(stage, part) for stage, part in zip(("cross_k", "cross_v"), kept.unbind(2), strict=True))
         q = self.q_norm(self.q(x).unflatten(-1, (self.heads, -1)))
         q = at.tap("cross_q", q if rotary is None else rotate(q, rotary))
-        heads = kernel(q, k, v, context.shared.get("text_mask")).flatten(2)
+        heads = self.attend(q, k, v, context.shared.get("text_mask")).flatten(2)
         return self.proj(at.tap("cross_heads", heads))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Queries [B, N, h, d] and keys and values [B, n, h, d] to heads [B, N, h, d]."""
+        return kernel(q, k, v, mask)
 
     def macs(self, tokens: int, text: int) -> int:
         """Of one forward, without keys and values: projections of `tokens` queries and the products with `text`."""
@@ -72,6 +76,28 @@ class CrossAttention(nn.Module):
     def text_macs(self, text: int) -> int:
         """Of keys and values of `text` tokens."""
         return cost.linear(self.kv, text)
+
+
+class ImageCrossAttention(CrossAttention):
+    """Also attends to tokens of an image, which stand before `text_tokens` of text: two softmaxes, added (Wan).
+
+    The image has projections of keys and values, and a norm of its keys, of its own.
+    """
+
+    def __init__(self, width: int, heads: int, text_tokens: int, qk_norm: str | None = None):
+        super().__init__(width, heads, qk_norm=qk_norm)
+        self.text_tokens = text_tokens
+        self.kv_image = nn.Linear(width, 2 * width)
+        self.k_norm_image = head_norm(qk_norm, width, heads)
+
+    def keys_values(self, text: Tensor) -> Tensor:
+        image = text.shape[1] - self.text_tokens
+        k, v = self.kv_image(text[:, :image]).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        return torch.cat([torch.stack([self.k_norm_image(k), v], dim=2), super().keys_values(text[:, image:])], dim=1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        image = k.shape[1] - self.text_tokens
+        return kernel(q, k[:, image:], v[:, image:]) + kernel(q, k[:, :image], v[:, :image])
 
 
 def text_memory(layers: Sequence[CrossAttention], text: Tensor, mask: Tensor | None) -> Memory:

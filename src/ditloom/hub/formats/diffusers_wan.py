@@ -1,7 +1,8 @@
-"""diffusers' WanTransformer3DModel (Wan 2.1, text to video): a folder of config.json and weights."""
+"""diffusers' WanTransformer3DModel (Wan 2.1): a folder of config.json and weights."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from ditloom.backbones.wan import WanConfig
@@ -16,11 +17,17 @@ HEAD = 128
 
 @register("diffusers-wan", paper="Wan: Open and Advanced Large-Scale Video Generative Models, arXiv 2503.20314")
 class DiffusersWan(Format):
-    """Text to video; the models for images to video have further keys, which are named when one is loaded."""
+    """Text to video, and images to video; not the model for a first and a last frame."""
 
     family: ClassVar[str] = "wan"
     folder: ClassVar[bool] = True
     keymap: ClassVar[KeyMap] = KeyMap(
+        Move("condition_embedder.image_embedder.norm1.{p}", "image_embedder.norm_in.{p}"),
+        Move("condition_embedder.image_embedder.ff.net.0.proj.{p}", "image_embedder.fc1.{p}"),
+        Move("condition_embedder.image_embedder.ff.net.2.{p}", "image_embedder.fc2.{p}"),
+        Move("condition_embedder.image_embedder.norm2.{p}", "image_embedder.norm_out.{p}"),
+        Fuse(tuple(BLOCK + f"attn2.add_{x}_proj.{{p}}" for x in "kv"), "blocks.{i}.cross.kv_image.{p}"),
+        Move(BLOCK + "attn2.norm_added_k.weight", "blocks.{i}.cross.k_norm_image.norm.weight"),
         Move("patch_embedding.{p}", "x_embedder.proj.{p}"),
         Move("condition_embedder.time_embedder.linear_1.{p}", "t_embedder.mlp.0.{p}"),
         Move("condition_embedder.time_embedder.linear_2.{p}", "t_embedder.mlp.2.{p}"),
@@ -47,7 +54,9 @@ class DiffusersWan(Format):
         return {"patch_embedding", "condition_embedder", "scale_shift_table", "blocks"} <= tops
 
     def config(self, foreign: Foreign) -> WanConfig:
-        width, channels, *patch = foreign.shape("patch_embedding.weight")
+        width, read, *patch = foreign.shape("patch_embedding.weight")
+        channels = foreign.shape("proj_out.weight")[0] // math.prod(patch)
+        image = "condition_embedder.image_embedder.ff.net.0.proj.weight"
         return WanConfig(
             depth=foreign.count(r"blocks\.(\d+)\."),
             width=width,
@@ -55,6 +64,8 @@ class DiffusersWan(Format):
             hidden=foreign.shape("blocks.0.ffn.net.0.proj.weight")[0],
             patch=(patch[0], patch[1], patch[2]),
             channels=channels,
+            image_width=foreign.shape(image)[1] if image in foreign.tensors else 0,
+            given=read - channels,
             text_width=foreign.shape("condition_embedder.text_embedder.linear_1.weight")[1],
         )
 
@@ -65,8 +76,10 @@ class DiffusersWan(Format):
             "patch_size": list(config.patch),
             "num_attention_heads": config.heads,
             "attention_head_dim": config.head_dim,
-            "in_channels": config.channels,
+            "in_channels": config.channels + config.given,
             "out_channels": config.channels,
+            "image_dim": config.image_width or None,
+            "added_kv_proj_dim": config.width if config.image_width else None,
             "text_dim": config.text_width,
             "freq_dim": 256,
             "ffn_dim": config.hidden,

@@ -1,7 +1,8 @@
-"""State dicts of Wan-Video/Wan2.1, text to video."""
+"""State dicts of Wan-Video/Wan2.1, text to video and images to video."""
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from ditloom.backbones.wan import WanConfig
@@ -19,6 +20,12 @@ class WanStateDict(Format):
 
     family: ClassVar[str] = "wan"
     keymap: ClassVar[KeyMap] = KeyMap(
+        Move("img_emb.proj.0.{p}", "image_embedder.norm_in.{p}"),
+        Move("img_emb.proj.1.{p}", "image_embedder.fc1.{p}"),
+        Move("img_emb.proj.3.{p}", "image_embedder.fc2.{p}"),
+        Move("img_emb.proj.4.{p}", "image_embedder.norm_out.{p}"),
+        Fuse(tuple(BLOCK + f"cross_attn.{x}_img.{{p}}" for x in "kv"), BLOCK + "cross.kv_image.{p}"),
+        Move(BLOCK + "cross_attn.norm_k_img.weight", BLOCK + "cross.k_norm_image.norm.weight"),
         Move("patch_embedding.{p}", "x_embedder.proj.{p}"),
         Move("time_embedding.{rest}", "t_embedder.mlp.{rest}"),
         Move("time_projection.1.{p}", "modulation.linear.{p}"),
@@ -44,7 +51,9 @@ class WanStateDict(Format):
         return needed <= foreign.tensors.keys()
 
     def config(self, foreign: Foreign) -> WanConfig:
-        width, channels, *patch = foreign.shape("patch_embedding.weight")
+        width, read, *patch = foreign.shape("patch_embedding.weight")
+        channels = foreign.shape("head.head.weight")[0] // math.prod(patch)
+        image = "img_emb.proj.1.weight"
         return WanConfig(
             depth=foreign.count(r"blocks\.(\d+)\."),
             width=width,
@@ -52,5 +61,7 @@ class WanStateDict(Format):
             hidden=foreign.shape("blocks.0.ffn.0.weight")[0],
             patch=(patch[0], patch[1], patch[2]),
             channels=channels,
+            image_width=foreign.shape(image)[1] if image in foreign.tensors else 0,
+            given=read - channels,
             text_width=foreign.shape("text_embedding.0.weight")[1],
         )
