@@ -37,6 +37,10 @@ def test_made_of_a_dit_it_computes_what_that_computed() -> None:
     dynamic = from_dit(config, dit.state_dict()).eval()
     args = inputs(dit)
     assert torch.equal(dynamic(*args), dit(*args))
+    fresh = dynamic.preset.build().eval()
+    fresh.load_state_dict(fresh.grown_from(dit))
+    assert torch.equal(fresh(*args), dit(*args))
+    assert dynamic.grown_from(fresh).keys() == fresh.state_dict().keys()
     assert torch.equal(dynamic.complete()(*args), dit(*args))
     assert all(mask[name].all() for mask in masks_of(dynamic, *args) for name in MASKS)
     with pytest.raises(UserError, match="made of a 'dit'"):

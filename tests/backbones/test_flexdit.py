@@ -103,7 +103,7 @@ def test_the_density_follows_the_noise() -> None:
 
 
 def test_costs_of_the_published_sizes() -> None:
-    """67.6 and 220.1 G are logged: without fused attention's products, with a matrix of equal weights in mean blocks."""
+    """67.6 and 220.1 G are logged: no products of fused attention, but equal weights as a matrix in mean blocks."""
     for name, tokens, means, logged in (("FlexDiT-XL/2", 256, 1, 67.6), ("FlexDiT-XL/2-512", 1024, 2, 220.1)):
         with torch.device("meta"):
             backbone: Any = PRESETS[name].build()
@@ -153,8 +153,16 @@ def test_made_of_a_dit_it_has_its_weights_in_order() -> None:
     assert torch.equal(blocks[1].attn.kv.weight, torch.cat([k, v]))
     assert torch.equal(blocks[3].from_full.weight, torch.eye(64))
     assert torch.equal(flex.final_layer.linear.weight, dit.final_layer.linear.weight)
+    fresh: Any = flex.preset.build()
+    grown, same = fresh.grown_from(dit), flex.state_dict()
+    assert grown.keys() == same.keys()
+    own = ("from_sparse", "from_full")
+    assert all(torch.equal(value, same[name]) for name, value in grown.items() if not any(o in name for o in own))
+    assert all(torch.equal(value, same[name]) for name, value in fresh.grown_from(flex).items())
     with pytest.raises(UserError, match="made of a 'dit'"):
         from_dit(flex.preset, {})
+    with pytest.raises(UserError, match="of 6 blocks is made of a DiT of as many; got 3"):
+        flex.grown_from(make("dit"))
 
 
 def test_says_what_it_cannot_do() -> None:

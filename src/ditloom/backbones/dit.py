@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ditloom.contracts.backbone import NOTHING, Backbone, BackboneConfig, Block, check_size
 from ditloom.contracts.condition import Condition
+from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Layout, Segment
 from ditloom.contracts.plan import BlockPlan
 from ditloom.contracts.registry import register
@@ -226,3 +227,10 @@ class DiT(Backbone):
         image = layout.span("image").length
         embed = self.x_embedder.macs(image) + cost.linears(self.t_embedder, 1)
         return {"embed": embed, "head": self.final_layer.macs(image)}
+
+
+def settings_of(config: BackboneConfig, what: str) -> dict[str, Any]:
+    """The settings of a plain DiT that another network is made of; `UserError` for a model of any other family."""
+    if type(config) is not DiTConfig:
+        raise UserError(f"a {what} is made of a 'dit'; this model is a {config.family!r}")
+    return {f.name: getattr(config, f.name) for f in fields(config)}

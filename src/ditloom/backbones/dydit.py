@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ditloom.backbones import dit
-from ditloom.backbones.dit import DiT, DiTBlock, DiTConfig
-from ditloom.contracts.backbone import NOTHING, Block
+from ditloom.backbones.dit import DiT, DiTBlock, DiTConfig, settings_of
+from ditloom.contracts.backbone import NOTHING, Backbone, Block
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Layout, Segment
@@ -190,6 +190,14 @@ class DyDiT(DiT):
             if isinstance(module, WidthRouter | TokenRouter):
                 module.open_()
 
+    def grown_from(self, other: Backbone) -> Mapping[str, Tensor]:
+        """The weights of a DiT with this network's own routers; those of a DyDiT as they are."""
+        return other.state_dict() if isinstance(other, DyDiT) else self.with_routers(other.state_dict())
+
+    def with_routers(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A DiT's weights and this network's routers."""
+        return {**state, **{name: value for name, value in self.state_dict().items() if "_router." in name}}
+
     def noise(self, batch: int, tokens: int, generator: torch.Generator | None = None) -> Tensor:
         """What training adds to the routers' logits [B, L, 2 (H - 1) + N]."""
         c = self.preset
@@ -257,11 +265,8 @@ class DyDiT(DiT):
 
 def from_dit(config: DiTConfig, state: Mapping[str, Tensor]) -> DyDiT:
     """A DyDiT with the weights of a DiT (its state dict) and open routers: it computes exactly what that computed."""
-    if type(config) is not DiTConfig:
-        raise UserError(f"a DyDiT is made of a 'dit'; this model is a {config.family!r}")
-    backbone = DyDiT(DyDiTConfig(**{f.name: getattr(config, f.name) for f in fields(config)}))
-    routers = {name: value for name, value in backbone.state_dict().items() if "_router." in name}
-    backbone.load_state_dict({**state, **routers}, strict=True)
+    backbone = DyDiT(DyDiTConfig(**settings_of(config, "DyDiT")))
+    backbone.load_state_dict(dict(backbone.with_routers(state)), strict=True)
     return backbone
 
 

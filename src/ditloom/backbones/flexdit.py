@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ditloom.backbones.dit import SIZES, DiT, DiTBlock, DiTConfig
-from ditloom.contracts.backbone import NOTHING, Block, Transition
+from ditloom.backbones.dit import SIZES, DiT, DiTBlock, DiTConfig, settings_of
+from ditloom.contracts.backbone import NOTHING, Backbone, Block, Transition
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Layout, Segment
 from ditloom.contracts.plan import BlockPlan
@@ -230,6 +230,22 @@ class FlexDiT(DiT):
                 nn.init.zeros_(block.from_sparse.weight)
                 nn.init.eye_(block.from_full.weight)
 
+    def grown_from(self, other: Backbone) -> Mapping[str, Tensor]:
+        """The weights of a DiT in this network's places; those of a FlexDiT as they are."""
+        return other.state_dict() if isinstance(other, FlexDiT) else self.rearranged(other.state_dict())
+
+    def rearranged(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A DiT's weights, its blocks taken in order, and this network's own linears between densities."""
+        ours, blocks = self.state_dict(), {name.split(".")[1] for name in state if name.startswith("blocks.")}
+        if len(blocks) != self.preset.depth or "blocks.0.attn.qkv.weight" not in state:
+            raise UserError(f"a FlexDiT of {self.preset.depth} blocks is made of a DiT of as many; got {len(blocks)}")
+        flat = [position for position, block in enumerate(self.blocks) if not isinstance(block, Transition)]
+        for layer, position in enumerate(flat):
+            prefix = f"blocks.{position}."
+            for name in (name for name in ours if name.startswith(prefix)):
+                ours[name] = _of_block(state, f"blocks.{layer}.", name.removeprefix(prefix), ours[name])
+        return {**ours, **{name: value for name, value in state.items() if not name.startswith("blocks.")}}
+
     def embed(
         self, x: Tensor, time: Tensor, memory: Memory, segments: Sequence[Segment] = ()
     ) -> tuple[Streams, Context]:
@@ -265,19 +281,8 @@ def from_dit(config: DiTConfig, state: Mapping[str, Tensor], **more: Any) -> Fle
 
     Queries are cut from q, k and v where a block has no self-attention; it has to be trained before it draws well.
     """
-    if type(config) is not DiTConfig:
-        raise UserError(f"a FlexDiT is made of a 'dit'; this model is a {config.family!r}")
-    settings = {f.name: getattr(config, f.name) for f in fields(config)}
-    backbone = FlexDiT(FlexDiTConfig(**{**settings, **more}))
-    own, ours = dict(state), backbone.state_dict()
-    flat = [position for position, block in enumerate(backbone.blocks) if not isinstance(block, Transition)]
-    for layer, position in enumerate(flat):
-        for name in ours:
-            head, _, rest = name.partition(f"blocks.{position}.")
-            if not head and rest:
-                ours[name] = _of_block(own, f"blocks.{layer}.", rest, ours[name])
-    ours |= {name: value for name, value in own.items() if not name.startswith("blocks.")}
-    backbone.load_state_dict(ours, strict=True)
+    backbone = FlexDiT(FlexDiTConfig(**{**settings_of(config, "FlexDiT"), **more}))
+    backbone.load_state_dict(dict(backbone.rearranged(state)), strict=True)
     return backbone
 
 

@@ -7,13 +7,13 @@ to step, and Skip-Cache runs only the outermost blocks while the rest is kept: t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ditloom.backbones import dit
-from ditloom.backbones.dit import DiT, DiTBlock, DiTConfig
+from ditloom.backbones.dit import DiT, DiTBlock, DiTConfig, settings_of
 from ditloom.contracts.backbone import NOTHING, Backbone, Block
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Layout
@@ -113,10 +113,7 @@ def from_dit(config: DiTConfig, state: Mapping[str, Tensor], residual: bool = Tr
     With `residual` it computes exactly what the DiT computed, until it is trained; in the released form it has to be
     trained first (new parts alone, then everything, is how the authors do it for video).
     """
-    if type(config) is not DiTConfig:
-        raise UserError(f"a Skip-DiT is made of a 'dit'; this model is a {config.family!r}")
-    settings = {f.name: getattr(config, f.name) for f in fields(config)}
-    backbone = SkipDiT(SkipDiTConfig(**settings, residual=residual))
+    backbone = SkipDiT(SkipDiTConfig(**settings_of(config, "Skip-DiT"), residual=residual))
     backbone.load_state_dict(dict(backbone.with_merges(state)), strict=True)
     return backbone
 
