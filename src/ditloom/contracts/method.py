@@ -254,8 +254,8 @@ class Learned(Method):
 
             key = type(self).__registration__.name
             raise UserError(
-                f"{key} needs a calibration of this model: make one with  ditloom calibrate --methods {key}  or name "
-                f"a file with  {key}:calibration=FILE"
+                f"{key} needs a calibration of this model: make one with  ditloom calibrate  or name a file with  "
+                f"{key}:calibration=FILE"
             )
         return assets
 
