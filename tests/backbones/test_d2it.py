@@ -14,6 +14,7 @@ from ditloom.contracts.condition import Condition
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Segment
 from ditloom.parts.grains import fine_places, grain_loss, grain_map, grain_noise, over_cells, region_entropy
+from ditloom.sites.rules import Isolate, rule
 from tests.backbones.portrait import LATENT
 from tests.backbones.tiny import TINY, embedded, inputs, make
 
@@ -153,6 +154,19 @@ def test_sizes_are_close_to_the_published_ones() -> None:
     for name, published in (("D2iT-L/2", 467e6), ("D2iT-XL/2", 687e6)):
         with torch.device("meta"):
             assert PRESETS[name].build().learned_parameters() == pytest.approx(published, rel=0.006)
+
+
+@torch.no_grad()
+def test_refinenet_takes_no_rules_and_no_further_keys() -> None:
+    backbone: Any = make("d2it")
+    streams, context = embedded(backbone, *inputs(backbone))
+    for block in backbone.blocks[:3]:
+        streams, _ = block(streams, context)
+    key = torch.zeros(3, 2, 2, 16)
+    with pytest.raises(UserError, match="no further keys"):
+        backbone.blocks[3](streams, context, None, {"extra_keys": (key, key)})
+    with pytest.raises(UserError, match="no attention rules"):
+        backbone.blocks[3](streams, replace(context, rule=rule(Isolate(("image",)))))
 
 
 def test_says_what_it_cannot_do() -> None:

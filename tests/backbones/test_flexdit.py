@@ -16,6 +16,7 @@ from ditloom.contracts.layout import Layout, Segment, Span
 from ditloom.contracts.streams import Context
 from ditloom.parts.attention import SelfAttention
 from ditloom.parts.density import MeanAttention, pooled, repeated
+from ditloom.sites.rules import Isolate, rule
 from tests.backbones.portrait import LATENT
 from tests.backbones.tiny import TINY, embedded, inputs, make
 
@@ -180,5 +181,8 @@ def test_says_what_it_cannot_do() -> None:
     with pytest.raises(UserError, match="pools onto 2x2 tokens here; x has 1x4"):
         backbone(torch.zeros(3, 4, 2, 8), t, condition)
     native, memory = backbone.preset.time.native(t), backbone.prepare(condition)
+    assert "attend" in backbone.missing
+    with pytest.raises(UserError, match="takes no attention rule"):
+        MeanAttention(8)(torch.zeros(1, 2, 8), Layout((Span("image", 2),)), Context(rule=rule(Isolate(("image",)))))
     with pytest.raises(UserError, match="no added segments"):
         backbone.embed(x, native, memory, [Segment("more", x)])

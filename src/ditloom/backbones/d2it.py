@@ -74,8 +74,8 @@ class FineAttention(SelfAttention):
     """Softmax attention among real fine positions; those that only fill up a batch are no keys."""
 
     def forward(self, x: Tensor, layout: Layout, context: Context, at: Visit | BareVisit = BARE) -> Tensor:
-        if context.rule is not None:
-            raise UserError("attention rules speak of regions; RefineNet attends among fine positions and takes none")
+        if context.rule is not None or at.extra_keys is not None:
+            raise UserError("RefineNet attends among fine positions: it takes no attention rules and no further keys")
         q, k, v = self.heads_of(x, None, at)
         if at.wants("logits"):
             at.keep("logits", logits(q, k))

@@ -197,7 +197,10 @@ class FlexDiT(DiT):
     x [B, C, H, W] with H, W multiples of the patch, at least `side` tokens either way; prediction [B, C or 2C, H, W].
     """
 
-    missing: ClassVar[Mapping[str, str]] = {kind: why.replace("DiT", "FlexDiT") for kind, why in DiT.missing.items()}
+    missing: ClassVar[Mapping[str, str]] = {
+        **{kind: why.replace("DiT", "FlexDiT") for kind, why in DiT.missing.items()},
+        "attend": "FlexDiT attends by means and between densities, where no keys can be appended",
+    }
     preset: FlexDiTConfig
 
     def __init__(self, config: FlexDiTConfig):
