@@ -10,7 +10,7 @@ import pytest
 from ditloom.cli.commands.compare import Compare
 from ditloom.cli.flags import parsed
 from ditloom.contracts.errors import UserError
-from ditloom.measure.comparison.run import _Ledger
+from ditloom.measure.comparison.ledger import Ledger
 
 TINY = ("--steps", 4, "--repeats", 1, "--count", 2, "--extractor", "pixels")
 
@@ -41,13 +41,13 @@ def test_json_is_one_document_and_a_second_run_only_reads(compare, monkeypatch):
     named = [row["name"] for row in first["rows"] if not row["control"]]
     assert named == ["plain", "fora:interval=2", "fora:interval=3"]
     assert first["rows"][1]["flags"] == "--using fora:interval=2" and first["answer"]
-    monkeypatch.setattr(_Ledger, "_step", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(Ledger, "_step", lambda *_: pytest.fail("drawn again"))
     again = compare("--sweep", "fora:interval=2|3", "--sets", "fora:interval=2", "--json", "--out", "run").document
     assert again == first
 
 
 def test_ctrl_c_loses_nothing(compare, monkeypatch):
-    kept = _Ledger._step
+    kept = Ledger._step
 
     def stop(self, name):
         if name.startswith("delta-dit"):
@@ -55,11 +55,11 @@ def test_ctrl_c_loses_nothing(compare, monkeypatch):
         kept(self, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Ledger, "_step", stop)
+        patch.setattr(Ledger, "_step", stop)
         ended = compare("--sets", "fora:interval=2", "delta-dit:interval=2", "--out", "run")
     assert ended.code == 130 and "measured so far are in run; the same command goes on there" in ended.err
     drawn = set()
-    monkeypatch.setattr(_Ledger, "_step", lambda self, name: drawn.add(name) or kept(self, name))
+    monkeypatch.setattr(Ledger, "_step", lambda self, name: drawn.add(name) or kept(self, name))
     assert compare("--sets", "fora:interval=2", "delta-dit:interval=2", "--out", "run").code == 0
     assert "delta-dit:interval=2" in drawn and not drawn & {"plain", "fora:interval=2"}
 

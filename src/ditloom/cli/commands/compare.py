@@ -17,8 +17,8 @@ from ditloom.cli.wanted import guidance_of, inputs_of, seeds_of, size_of
 from ditloom.contracts.registry import register
 
 if TYPE_CHECKING:
+    from ditloom.measure.comparison.answer import Comparison
     from ditloom.measure.comparison.row import Row
-    from ditloom.measure.comparison.run import Comparison
     from ditloom.measure.evidence import Real
     from ditloom.model import Input, Model
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ditloom.measure.comparison.run import Comparison, compare
+    from ditloom.measure.comparison.answer import Comparison
+    from ditloom.measure.comparison.run import compare
 
 __all__ = ["Comparison", "compare"]
+_HOMES = {"Comparison": "answer", "compare": "run"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ditloom.measure.comparison import run
+    from importlib import import_module
 
-    return getattr(run, name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -10,7 +10,7 @@ from ditloom.measure.comparison.row import Row
 from ditloom.measure.comparison.scores import EQUAL, MEANINGS
 
 if TYPE_CHECKING:
-    from ditloom.measure.comparison.run import Comparison
+    from ditloom.measure.comparison.answer import Comparison
 
 Value = Callable[["Comparison", Row], float | None]
 

@@ -32,8 +32,8 @@ from ditloom.measure.drawing import as_picture
 from ditloom.training.durable import explained, replace_file
 
 if TYPE_CHECKING:
+    from ditloom.measure.comparison.answer import Comparison
     from ditloom.measure.comparison.row import Row
-    from ditloom.measure.comparison.run import Comparison
     from ditloom.measure.evidence import Pictures
 
 ASSETS = Path(__file__).parents[2] / "assets" / "compare"

@@ -10,7 +10,7 @@ from ditloom.measure.comparison.candidates import Candidate
 from ditloom.measure.comparison.row import Row
 
 if TYPE_CHECKING:
-    from ditloom.measure.comparison.run import Comparison
+    from ditloom.measure.comparison.answer import Comparison
 
 TIERS = (
     (40.0, "indistinguishable by eye"),
