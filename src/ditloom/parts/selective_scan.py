@@ -97,24 +97,23 @@ class Chunks:
         x = x.reshape(self.steps, self.rows, self.chunks, -1).permute(1, 2, 0, 3)
         return x.reshape(self.rows, -1, x.shape[-1])[:, : self.length]
 
-    def decay(self, step: int, out: Tensor) -> Tensor:
-        """exp(dt A) of one step, written to `out`."""
-        return torch.mul(self.times[step], self.A, out=out).exp_()
+    def decays(self) -> Tensor:
+        """exp(dt A) of every step [Q, R, N, D]."""
+        return (self.times * self.A).exp_()
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """y, and the states that enter the chunks [B, K, N, D]."""
+        decays = self.decays().unbind()
+        inputs, B, C = self.inputs.unbind(), self.B.unbind(), self.C.mT.unbind()
         h = self.u.new_zeros(self.rows * self.chunks, *self.A.shape[1:])
-        decay, y = torch.empty_like(h), self.u.new_empty(self.steps, len(h), 1, h.shape[-1])
-        borders = torch.zeros_like(h)
+        borders, y = torch.zeros_like(h), self.u.new_empty(self.steps, len(h), 1, h.shape[-1])
         if self.chunks > 1:
-            for q in range(self.steps):
-                h.mul_(self.decay(q, decay)).addcmul_(self.inputs[q], self.B[q])
+            for decay, w, b in zip(decays, inputs, B, strict=True):
+                h.mul_(decay).addcmul_(w, b)
             borders = self.carried((self.times.sum(0) * self.A).exp_(), h)
             h = borders.clone()
-        C = self.C.mT
-        for q in range(self.steps):
-            h.mul_(self.decay(q, decay)).addcmul_(self.inputs[q], self.B[q])
-            torch.bmm(C[q], h, out=y[q])
+        for decay, w, b, c, out in zip(decays, inputs, B, C, y.unbind(), strict=True):
+            torch.bmm(c, h.mul_(decay).addcmul_(w, b), out=out)
         return self.join(y), borders.unflatten(0, (self.rows, self.chunks))
 
     def carried(self, decays: Tensor, own: Tensor, backwards: bool = False) -> Tensor:
@@ -128,9 +127,10 @@ class Chunks:
 
     def backward(self, dy: Tensor, borders: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gradients of u, dt, A, B, C; the states come from `borders`, the gradient of the state from the end."""
-        dy = self.cut(dy)[:, :, None]
-        states, dh = self._states_again(borders.flatten(0, 1), dy)
-        decay, t, dA = torch.empty_like(dh), torch.empty_like(dh), torch.zeros_like(dh)
+        dy, decays = self.cut(dy)[:, :, None], self.decays()
+        states = self._states_again(borders.flatten(0, 1), decays)
+        dh = self._from_later_chunks(dy, decays)
+        t, dA = torch.empty_like(dh), torch.zeros_like(dh)
         d_inputs, d_times = torch.empty_like(self.inputs), torch.empty_like(self.times.squeeze(2))
         dB, dC = torch.empty_like(self.B), torch.empty_like(self.C)
         B, inputs, outputs = self.B.mT, self.inputs.mT, dy.mT
@@ -139,26 +139,28 @@ class Chunks:
             torch.bmm(states[q + 1], outputs[q], out=dC[q])
             torch.bmm(B[q], dh, out=d_inputs[q])
             torch.bmm(dh, inputs[q], out=dB[q])
-            dh.mul_(self.decay(q, decay))
-            torch.mul(dh, states[q], out=t)
+            torch.mul(dh.mul_(decays[q]), states[q], out=t)
             dA.addcmul_(t, self.times[q])
             torch.sum(t.mul_(self.A), 1, out=d_times[q])
         d_inputs, d_times = self.join(d_inputs), self.join(d_times)
         du, ddt = d_inputs * self.dt, d_times + d_inputs * self.u
         return du, ddt, dA.sum(0).t(), self.join(dB), self.join(dC)
 
-    def _states_again(self, entering: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """All states [Q + 1, R, N, D], and the gradient that reaches every chunk's last state from later chunks."""
+    def _states_again(self, entering: Tensor, decays: Tensor) -> Tensor:
+        """All states [Q + 1, R, N, D] from those that enter the chunks."""
         states = entering.new_empty(self.steps + 1, *entering.shape)
         states[0] = entering
-        passed, own = torch.ones_like(entering), torch.zeros_like(entering)
-        decay, t = torch.empty_like(entering), torch.empty_like(entering)
         for q in range(self.steps):
-            torch.mul(states[q], self.decay(q, decay), out=states[q + 1]).addcmul_(self.inputs[q], self.B[q])
-            if self.chunks > 1:
-                torch.mul(passed.mul_(decay), self.C[q], out=t)
-                own.addcmul_(t, dy[q])
-        return states, self.carried(passed, own, backwards=True)
+            torch.mul(states[q], decays[q], out=states[q + 1]).addcmul_(self.inputs[q], self.B[q])
+        return states
+
+    def _from_later_chunks(self, dy: Tensor, decays: Tensor) -> Tensor:
+        """The gradient that reaches every chunk's last state from the chunks after it [R, N, D]."""
+        own = torch.zeros_like(decays[0])
+        if self.chunks > 1:
+            for q in reversed(range(self.steps)):
+                own.addcmul_(self.C[q], dy[q]).mul_(decays[q])
+        return self.carried((self.times.sum(0) * self.A).exp_(), own, backwards=True)
 
 
 @_scan.register_fake
