@@ -354,6 +354,7 @@
     setTimeout(() => button.classList.remove("done"), 1500);
   });
 
+  if (data.busy) chosen.x.value = "share_saved";
   scatter();
   let last = W;
   new ResizeObserver(() => {
@@ -361,5 +362,5 @@
     last = $("#scatter").clientWidth;
     scatter();
   }).observe($("#scatter"));
-  sort("speedup", true);
+  sort(data.busy ? "share_saved" : "speedup", true);
 })();

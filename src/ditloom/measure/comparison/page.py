@@ -104,6 +104,7 @@ def _data(found: Comparison) -> dict[str, Any]:
         for c in COLUMNS
     ]
     told["shown"] = [str(found.question.asked[place]) for place in places]
+    told["busy"] = found.busy
     told["tiers"] = [{"floor": max(floor, -1.0), "words": words} for floor, words in TIERS]
     told["advice"] = {item.key: item.row.name for item in advice(found) if item.row is not None}
     told["explained"] = {row.name: explanation(row) for row in found.rows}

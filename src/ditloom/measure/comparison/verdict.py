@@ -125,6 +125,8 @@ def reasons(found: Comparison) -> list[str]:
     lost = [row.name for row, _ in judged if _beaten(found, row)]
     even = [row.name for row, margin in judged if margin is not None and abs(margin) <= EVEN]
     told = []
+    if found.busy:
+        told.append("The machine was too busy to time anything: this counts arithmetic. Measure again on a quiet one.")
     if won:
         told.append(f"Closer to the plain run than fewer steps at the same arithmetic: {_listed(won)}.")
     if even:
