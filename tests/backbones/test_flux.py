@@ -293,3 +293,35 @@ def test_a_residual_across_the_border_is_the_images() -> None:
         later, _ = block(later, context)
     expected = later.segment("image") - streams["image"]
     torch.testing.assert_close(run.memo(handler)["seen"], expected, rtol=1e-5, atol=1e-5)
+
+
+class Reference(Planned):
+    """Adds a segment that depends on nothing that changes."""
+
+    segment: Any = None
+
+    def segments(self, clock: Clock, rows: Any) -> list[Segment]:
+        return [self.segment]
+
+
+@pytest.mark.parametrize("weights", ["image", "text"])
+@torch.no_grad()
+def test_keys_of_a_static_segment_are_kept_in_both_kinds_of_block(weights: str) -> None:
+    """The second step attends to what the first one kept, also where text and image have become one stream."""
+    backbone: Any = make("flux")
+    x, _, condition = inputs(backbone, masked=False)
+    tokens = x.flip(0) if weights == "image" else torch.randn(3, 2, 96)
+    segment = Segment("reference", tokens, weights=weights, modulation="zero", static=True)
+    schedule = Schedule((0.9, 0.6, 0.0), (0.9, 0.6), ("cond",))
+    handler = Reference({})
+    handler.segment = segment
+    run = Run(backbone, [handler], schedule=schedule, conditions={"cond": condition})
+    outs = [run.predict(x, schedule.clock(s))["cond"] for s in range(2)]
+    assert run.keys.bytes > 0
+    for t, out in zip((0.9, 0.6), outs, strict=True):
+        time = torch.full((3,), t, dtype=torch.float64)
+        streams, context = backbone.embed(x, time, backbone.prepare(condition), [segment])
+        settled, gates = settle(rule(Isolate(("reference",))), streams.layout, {})
+        context = replace(context, rule=settled, gates=dict(gates))
+        expected = backbone.head(backbone.run(streams, context), context)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)

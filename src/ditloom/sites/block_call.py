@@ -26,7 +26,7 @@ class BlockCall:
     def __init__(self, forward: Forward, index: int, position: int, given: Mapping[str, Any]):
         self.forward, self.index, self.position = forward, index, position
         self.given: dict[str, Any] = dict(given)
-        self.kept_for_segments = forward.added.keep(index, self.given)
+        self.kept_for_segments = forward.added.keep(index, self.given, forward.surface.layouts[position])
         self.actions: list[tuple[Planned, Action]] = []
         self.stored: list[Planned] = []
         self.captures: list[Placed] = []

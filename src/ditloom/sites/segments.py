@@ -82,21 +82,21 @@ class AddedSegments:
         others = {site for per_pair in self.run.surface_of(layout).per_pair for site in per_pair} - {"attn"}
         return not others or segment.weights != layout.streams[0]
 
-    def keep(self, block: int, given: dict[str, Any]) -> list[str]:
-        """Names a block must keep for fresh static segments; stored keys of held ones go into `given`."""
+    def keep(self, block: int, given: dict[str, Any], layout: Layout) -> list[str]:
+        """Names a block entered in `layout` must keep for fresh static segments; held ones' keys go into `given`."""
         if self.held:
             pairs = [
                 self.run.keys.predict(_place(s, block), self.rows, HOLD, self.clock.step, self.made_of[s.name])
                 for s in self.held
             ]
             given["extra_keys"] = joined(pairs)
-        return [f"{stage}@{s.weights}" for s in self.fresh for stage in KEPT]
+        return [f"{stage}@{layout.span(s.name).stream}" for s in self.fresh for stage in KEPT]
 
     def store(self, block: int, kept: Mapping[str, Any], layout: Layout) -> None:
         """Keep the keys and values of fresh static segments, for as long as they are made of the same things."""
         for s in self.fresh:
-            at = layout.slice(s.name)
-            pair = tuple(kept[f"{stage}@{s.weights}"][:, at] for stage in KEPT)
+            at, stream = layout.slice(s.name), layout.span(s.name).stream
+            pair = tuple(kept[f"{stage}@{stream}"][:, at] for stage in KEPT)
             self.run.keys.push(_place(s, block), self.rows, self.clock.step, pair, 1, self.made_of[s.name])
 
     def bytes_needed(self, layout: Layout, tokens: Tensor) -> int:
@@ -150,7 +150,7 @@ class NothingAdded:
         """Nothing to store."""
         return 0
 
-    def keep(self, block: int, given: dict[str, Any]) -> list[str]:
+    def keep(self, block: int, given: dict[str, Any], layout: Layout) -> list[str]:
         """Nothing to keep."""
         return []
 
