@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ from tests.sites.driving import BOTH, follow, start
 COMPUTE, REUSE, ROWS = Action.COMPUTE, Action.REUSE, Action.ROWS
 
 
-def surface_of(model: Backbone, branches: tuple[str, ...] = BOTH) -> Surface:
+@cache
+def surface_of(model: Backbone) -> Surface:
     """The sites of a toy."""
     time = torch.zeros(2, dtype=torch.float64)
     streams, _ = model.embed(toys.latent(), time, model.prepare(toys.condition(model, 2)))
-    return Surface(model, streams.layout, branches)
+    return Surface(model, streams.layout, BOTH)
 
 
 def bound(spec: str, model: Backbone, assets: Assets | None = None) -> Handler:

@@ -9,7 +9,7 @@ from ditloom.contracts.errors import UnknownName
 
 PREFIX = "preset:"
 STACKS: Mapping[str, tuple[str, ...]] = {
-    "early-tea-late-tao": ("teacache:end=0.5", "taocache:start=0.5"),
+    "early-tea-late-tao": ("teacache:end=0.4", "taocache:start=0.5"),
     "gated-dbcache": ("dbcache:first=2,warmup=4,end=0.6", "guidance-gate:start=0.6"),
     "dbcache-taylor": ("dbcache:first=2,warmup=4,predictor=taylor",),
     "broadcast-under-teacache": ("pab", "teacache:threshold=0.1"),
@@ -20,7 +20,7 @@ STACKS: Mapping[str, tuple[str, ...]] = {
     "delta-then-fora": ("delta-dit:end=0.5", "fora:start=0.5"),
 }
 """Approximations of one step are not nested: where two levels meet, each has its own part of the run, or the outer one
-decides first and the inner one acts on what is still computed."""
+decides first and the inner one acts on what is still computed. TaoCache starts from two outputs of all blocks."""
 
 
 def expanded(using: Iterable[Any]) -> list[Any]:
