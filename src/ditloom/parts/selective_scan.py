@@ -166,12 +166,12 @@ class Chunks:
 @_scan.register_fake
 def _(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     chunks = -(-u.shape[1] // chunk)
-    return torch.empty_like(u), u.new_empty(u.shape[0], chunks, A.shape[1], A.shape[0])
+    return u.new_empty(u.shape), u.new_empty(u.shape[0], chunks, A.shape[1], A.shape[0])
 
 
 @_scan_backward.register_fake
 def _(dy: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, borders: Tensor, chunk: int) -> Any:
-    return tuple(torch.empty_like(t) for t in (u, dt, A, B, C))
+    return tuple(t.new_empty(t.shape) for t in (u, dt, A, B, C))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
