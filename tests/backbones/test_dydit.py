@@ -97,8 +97,8 @@ def test_the_loss_on_the_cost_reaches_every_router_and_falls() -> None:
                 router.open_()
                 for p in router.parameters():
                     p.mul_(0.02)
-    optimiser, losses = torch.optim.Adam(routers, lr=0.02), []
-    for step in range(80):
+    optimiser, losses = torch.optim.Adam(routers, lr=0.04), []
+    for step in range(45):
         x, t, condition = args
         noise = backbone.noise(3, 16, torch.Generator().manual_seed(step))
         masks = masks_of(backbone, x, t, replace(condition, extra={NOISE: noise}))

@@ -9,8 +9,8 @@ import torch
 
 from ditloom.backbones.flexdit import FlexDiTConfig
 from ditloom.contracts.condition import Condition
-from ditloom.hub.checkpoint import load_foreign
-from tests.hub.golden_records import assert_equals, filled, golden, loaded, x_of
+from ditloom.hub.checkpoint import foreign_state_dict, load_foreign
+from tests.hub.golden_records import assert_equals, golden, loaded, x_of
 
 SMALL: dict[str, Any] = {"width": 48, "heads": 2, "classes": 10, "image_size": 8, "channels": 2}
 CONFIGS = {
@@ -32,4 +32,4 @@ def test_settings_are_read_from_the_weights() -> None:
     config = FlexDiTConfig(
         depth=12, width=384, heads=6, image_size=16, pooling=1, groups=2, group=(1, 2, 1, 1), dense=1
     )
-    assert load_foreign(filled(config, "flexdit")).preset == config
+    assert load_foreign(foreign_state_dict(config.build(), "flexdit")).preset == config
