@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ditloom.contracts.backbone import Backbone
 from ditloom.contracts.plan import Action, BlockPlan, Edit
+from ditloom.sites.compiling import compile_blocks
 from tests.backbones.tiny import TINY, embedded, inputs, make, of_kind, planned
 
 
@@ -197,7 +198,6 @@ def test_compiled_by_inductor_too(backbone: Backbone) -> None:
     args = inputs(backbone)
     plain = backbone(*args)
     torch._dynamo.reset()
-    for block in backbone.blocks:
-        block.compile(fullgraph=True)
+    compile_blocks(backbone)
     torch.testing.assert_close(backbone(*args), plain, rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
