@@ -25,6 +25,7 @@ from ditloom.contracts.method import Handler, Method
 from ditloom.contracts.registries import METHODS
 from ditloom.contracts.settings import registered
 from ditloom.sites.combine import canonical, check_sites
+from ditloom.sites.fingerprint import Weights
 from ditloom.sites.surface import Surface
 
 Using = Sequence[str | Method | Handler]
@@ -47,6 +48,8 @@ class Live:
         self.adapter, self.module, self.source, self.memory_limit = adapter, module, source, memory_limit
         self.view, self.signature = View(adapter, module), Signature(module)
         self.methods = [m if isinstance(m, Method | Handler) else registered(METHODS, m) for m in expanded(methods)]
+        self.surfaces: dict[tuple[str, ...], dict[Layout, Surface]] = {}
+        self.weights = Weights(module)
         self._try(adapter.layout(module))
         self.run: LiveRun | None = None
         self.line: Timeline | None = None
@@ -68,7 +71,8 @@ class Live:
 
     def bind(self, layout: Layout, branches: tuple[str, ...]) -> list[Handler]:
         """The handlers of a run at a layout, but for what acts nowhere."""
-        surface = Surface(self.view, layout, branches)
+        known = self.surfaces.setdefault(branches, {})
+        surface = known.setdefault(layout, Surface(self.view, layout, branches))
         bound = [m if isinstance(m, Handler) else m.bind(surface) for m in self.methods]
         return [handler for handler in bound if type(handler) is not Handler]
 
@@ -92,8 +96,7 @@ class Live:
         try:
             self.adapter.check(values)
             call, clock = self._place(values)
-            run = self._running(call)
-            output = run.answer(call, clock)
+            output = self._first(call, clock) if self.run is None else self.run.answer(call, clock)
             if not self.checked:
                 self._check(call, output, self.original(*args, **kwargs))
             return self.adapter.result(output, call)
@@ -128,14 +131,14 @@ class Live:
             raise UserError(f"a batch of {batch} rows cannot hold the guidance branches {listed} in equal parts")
         return Call(values, Rows(branches, batch // len(branches)), frozenset(self.adapter.static))
 
-    def _running(self, call: Call) -> LiveRun:
-        """The run that this call belongs to; methods are bound to it at its first call."""
-        if self.run is None:
-            with torch.no_grad():
-                streams, _ = self.adapter.embed(self.module, call)
-            handlers = self.bind(streams.layout, self.schedule.branches)
-            self.run = LiveRun(self.view, handlers, self.schedule, self.source.report, self.memory_limit)
-        return self.run
+    def _first(self, call: Call, clock: Clock) -> Tensor:
+        """The first call of a run: methods are bound to it, at its layout."""
+        schedule = self.schedule
+        with self.view.knowing(call) as layout:
+            handlers = self.bind(layout, schedule.branches)
+            known = (self.surfaces[schedule.branches], self.weights)
+            self.run = LiveRun(self.view, handlers, schedule, self.source.report, *known, self.memory_limit)
+            return self.run.answer(call, clock)
 
     def _check(self, call: Call, output: Tensor, result: Any) -> None:
         """The view must compute what the original does, bit for bit; methods may have changed `output` already."""

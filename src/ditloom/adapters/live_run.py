@@ -12,12 +12,14 @@ from ditloom.adapters.view import View
 from ditloom.contracts.clock import Clock, Rows, Schedule
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.errors import UserError
+from ditloom.contracts.layout import Layout
 from ditloom.contracts.method import Handler
 from ditloom.contracts.streams import Memory
-from ditloom.sites.fingerprint import MadeOf
+from ditloom.sites.fingerprint import MadeOf, Weights
 from ditloom.sites.program import overriding
 from ditloom.sites.report import Report
 from ditloom.sites.run import Run
+from ditloom.sites.surface import Surface
 
 NOT_HERE = {
     "segments": "adds token segments, which an adapted model cannot take",
@@ -41,12 +43,15 @@ class LiveRun(Run):
         handlers: Sequence[Handler],
         schedule: Schedule,
         report: Report,
+        surfaces: dict[Layout, Surface],
+        weights: Weights,
         memory_limit: int | None = None,
     ):
         refuse_unsupported(handlers)
         conditions = {branch: Condition() for branch in schedule.branches}
         super().__init__(view, handlers, schedule=schedule, conditions=conditions, memory_limit=memory_limit)
-        self.report = report
+        self.report, self._surfaces, self._weights = report, surfaces, weights
+        weights.forget()
         self._told: dict[str, Hashable] = {}
         self._constants = Constants()
         self._moment: tuple[int, int] | None = None
@@ -87,7 +92,7 @@ class LiveRun(Run):
         self.conditions |= {name: Condition() for name in names}
         self._others = tuple(self.conditions)
         self.program = None
-        self._surfaces.clear()
+        self._surfaces = {}
 
     def begin(self, clock: Clock, names: tuple[str, ...]) -> None:
         self.asked = self.expected(names)

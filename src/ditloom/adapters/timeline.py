@@ -21,7 +21,7 @@ class Timeline:
         self.times, self.order = times.detach().to("cpu", torch.float64), order
         self.last = -1
         self._visits: dict[tuple[int, str], int] = {}
-        self._rounded: dict[torch.dtype, Tensor] = {}
+        self._rounded: dict[torch.dtype, list[float]] = {}
 
     @property
     def steps(self) -> int:
@@ -36,7 +36,7 @@ class Timeline:
 
     def place(self, given: Tensor, branches: tuple[str, ...], hint: int | None = None) -> int:
         """The position of a call's time [B] (its last value counts); `hint` is where the scheduler says it stands."""
-        value = float(given.detach().reshape(-1)[-1])
+        value = float(given.reshape(-1)[-1].item())
         found = self._candidates(value, given.dtype)
         if not found:
             near = float(self.times[(self.times - value).abs().argmin()])
@@ -66,7 +66,7 @@ class Timeline:
     def _candidates(self, value: float, dtype: torch.dtype) -> list[int]:
         """Where the run has this time, as far as the dtype in which it is given can tell."""
         if dtype not in self._rounded:
-            self._rounded[dtype] = self.times.to(dtype).double()
+            self._rounded[dtype] = self.times.to(dtype).double().tolist()
         precision = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-        close = (self._rounded[dtype] - value).abs() <= max(2 * precision * abs(value), 1e-9)
-        return [int(k) for k in close.nonzero().flatten()]
+        margin = max(2 * precision * abs(value), 1e-9)
+        return [k for k, time in enumerate(self._rounded[dtype]) if abs(time - value) <= margin]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from ditloom.contracts.backbone import Backbone, BackboneConfig
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Layout, Segment
+from ditloom.contracts.plan import BlockPlan
 from ditloom.contracts.streams import Context, Memory, Streams
 
 
@@ -45,6 +47,7 @@ class View(Backbone):
         self.blocks = nn.ModuleList(adapter.blocks(module))
         self.skips = adapter.skips(module)
         self.missing = adapter.missing  # type: ignore[assignment]
+        self._known: tuple[Call, bool, tuple[Streams, Context]] | None = None
 
     @property
     def checkpointing(self) -> bool:  # type: ignore[override]
@@ -58,7 +61,26 @@ class View(Backbone):
         self, x: Tensor, time: Tensor, memory: Memory, segments: Sequence[Segment] = ()
     ) -> tuple[Streams, Context]:
         assert isinstance(memory, Arguments) and memory.call is not None
+        if self._known is not None and self._known[:2] == (memory.call, torch.is_grad_enabled()):
+            return self._known[2]
         return self.adapter.embed(self.live, memory.call)
+
+    @contextmanager
+    def knowing(self, call: Call) -> Iterator[Layout]:
+        """Inside, this call need not be embedded again; yields the layout of its tokens."""
+        found = self.adapter.embed(self.live, call)
+        self._known = (call, torch.is_grad_enabled(), found)
+        try:
+            yield found[0].layout
+        finally:
+            self._known = None
+
+    def call(
+        self, block: nn.Module, streams: Streams, context: Context, plan: BlockPlan | None, given: Mapping[str, Any]
+    ) -> tuple[Streams, dict[str, Any]]:
+        if block._compiled_call_impl is None and not (torch.is_grad_enabled() and self.checkpointing):
+            return block.forward(streams, context, plan, given)  # around it is nothing: hooks are on the foreign block
+        return super().call(block, streams, context, plan, given)
 
     def head(self, streams: Streams, context: Context) -> Tensor:
         return self.adapter.head(self.live, streams, context)

@@ -29,7 +29,7 @@ class Streams:
 
     def updated(self, **tokens: Tensor) -> Streams:
         """The same layout with some streams replaced."""
-        return replace(self, tokens={**self.tokens, **tokens})
+        return Streams({**self.tokens, **tokens}, self.layout)
 
     def map(self, fn: Any, *others: Streams) -> Streams:
         """`fn` applied stream by stream (to several Streams of one layout at a time)."""

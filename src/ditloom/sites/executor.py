@@ -139,7 +139,7 @@ class Forward:
 
     def _call(self, position: int, index: int | None, streams: Streams, context: Context) -> Streams:
         backbone, program = self.run.backbone, self.program
-        block, given = backbone.blocks[position], backbone.handed(position, context)
+        block, given = self.surface.flat_blocks[position], backbone.handed(position, context)
         if position in backbone.skips:
             given = {**given, "skip": self._skip(backbone.skips[position])}
         if index is None or not (index in program.inner or index in program.taps or self.added.acts):

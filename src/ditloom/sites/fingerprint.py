@@ -38,13 +38,19 @@ class Weights:
         self._step: int | None = None
         self._version = 0
 
+    def forget(self) -> None:
+        """Look at the weights again, also on the same step: another run begins."""
+        self._step = None
+
     def version(self, step: int) -> int:
         """The sum of all version counters."""
         if step != self._step:
             if self._tensors is None:
-                self._tensors = [*self.network.parameters(), *self.network.buffers()]
+                self._tensors = [
+                    t for t in (*self.network.parameters(), *self.network.buffers()) if not t.is_inference()
+                ]
             self._step = step
-            self._version = sum([0 if t.is_inference() else t._version for t in self._tensors])
+            self._version = sum([t._version for t in self._tensors])
         return self._version
 
 

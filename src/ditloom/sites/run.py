@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ditloom.contracts.backbone import Backbone
 from ditloom.contracts.clock import Clock, Rows, Schedule
@@ -148,7 +149,7 @@ class Run:
 
     @property
     def _memo_bytes(self) -> int:
-        return sum(t.nbytes for t in tree_leaves(self._memos) if isinstance(t, Tensor))
+        return _tensor_bytes(self._memos)
 
     def _remark(self, program: Program) -> None:
         for handler in overriding(program.handlers, "remarks"):
@@ -306,6 +307,15 @@ class Run:
         """By branch, a mark of everything a stored value depends on: `what`, the weights and the branch's condition."""
         weights = self._weights.version(clock.step)
         return {b: self._marks(weights, of_condition(self.conditions[b]), *what) for b in branches}
+
+
+def _tensor_bytes(value: Any) -> int:
+    """Bytes of the tensors in nested containers."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(_tensor_bytes, value.values()))
+    return sum(map(_tensor_bytes, value)) if isinstance(value, (list, tuple, deque)) else 0
 
 
 def _readable(size: int) -> str:
