@@ -1,4 +1,10 @@
-"""The caches that diffusers has as hooks of its own, beside ours on the same transformer: step by step the same."""
+"""The caches that diffusers has as hooks of its own, beside ours on the same transformer: step by step the same.
+
+Compared without guidance, where the definitions agree. Batched guidance differs: diffusers judges by all rows together,
+ours by the conditional ones. Its TaylorSeer computes the steps 0..2, 4, 9, 14, ... and forecasts step 3, ours counts
+the interval from the warm-up on; its FasterCache extrapolates from outputs that were extrapolated themselves, ours
+from computed ones only. Neither can be set to the other.
+"""
 
 from __future__ import annotations
 
