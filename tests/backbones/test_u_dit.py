@@ -117,7 +117,9 @@ def test_scales_and_long_skips() -> None:
     assert len(backbone.skips) == 2
     with pytest.raises(UserError, match=r"long skip from block 3 to block 5 .*range\(4,5\) is self-contained"):
         surface.range(3, 5)
-    assert surface.range(2, 8).cost > surface.range(4, 5).cost > 0
+    assert surface.range(2, 7).cost > surface.range(4, 5).cost > 0
+    assert surface.keeps_layout(surface.range(2, 7))
+    assert not surface.keeps_layout(surface.range(0, 10))  # the last stage is twice as wide as the first
 
 
 def test_bad_input_is_one_sentence() -> None:

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from ditloom.contracts.backbone import NOTHING, Backbone, BackboneConfig, Block, check_size
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.errors import UserError
-from ditloom.contracts.layout import Layout, Segment, Span
+from ditloom.contracts.layout import Layout, Segment
 from ditloom.contracts.plan import BlockPlan
 from ditloom.contracts.registry import register
 from ditloom.contracts.streams import Context, Memory, Streams
 from ditloom.contracts.time import DISCRETE_1000, TimeInput
 from ditloom.parts import cost
 from ditloom.parts.checks import check_grid_only, check_no_rule, check_rows
-from ditloom.parts.grids import Stem, convolution, over_grid, to_map, to_tokens, xavier_
+from ditloom.parts.grids import Stem, convolution, image_layout, over_grid, to_map, to_tokens, xavier_
 from ditloom.parts.heads import GridHead
 from ditloom.parts.modulation import AdaLN
 from ditloom.parts.norms import modulate
@@ -219,7 +219,7 @@ class DiC(Backbone):
         check_grid_only(time, segments, "DiC", MISSING["segment"])
         conditions, emb = self.conditions(time, memory.vector)
         tokens = self.x_embedder(x.to(self.dtype))
-        layout = Layout((Span("image", tokens.shape[1]),), (x.shape[2], x.shape[3]))
+        layout = image_layout((x.shape[2], x.shape[3]), self.preset.width)
         modulation = {stage: conditions[SCALE_OF[s]] for s, stage in enumerate(STAGES)}
         return Streams({"image": tokens}, layout), Context(modulation=modulation, time=emb)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ditloom.contracts.backbone import NOTHING, Backbone, BackboneConfig, Block, check_size
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.errors import UserError
-from ditloom.contracts.layout import Layout, Segment, Span
+from ditloom.contracts.layout import Layout, Segment
 from ditloom.contracts.plan import BlockPlan
 from ditloom.contracts.registry import register
 from ditloom.contracts.streams import Context, Memory, Streams
@@ -21,7 +21,7 @@ from ditloom.contracts.time import DISCRETE_1000, TimeInput
 from ditloom.parts import cost
 from ditloom.parts.checks import check_grid_only, check_no_rule, check_rows
 from ditloom.parts.downsampled import DownsampledAttention
-from ditloom.parts.grids import Stem, convolution, over_grid, xavier_
+from ditloom.parts.grids import Stem, convolution, image_layout, over_grid, xavier_
 from ditloom.parts.heads import GridHead
 from ditloom.parts.modulation import AdaLN
 from ditloom.parts.norms import LayerNorm, modulate
@@ -227,7 +227,7 @@ class UDiT(Backbone):
             rotary={stage: self._rotary(s, grid, x.device) for s, stage in enumerate(STAGES)},
             time=emb,
         )
-        return Streams({"image": tokens}, Layout((Span("image", tokens.shape[1]),), grid)), context
+        return Streams({"image": tokens}, image_layout(grid, c.width)), context
 
     def _rotary(self, stage: int, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
         c = self.preset

@@ -10,7 +10,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from ditloom.contracts.layout import Layout
+from ditloom.contracts.layout import Layout, Span
 from ditloom.parts import cost
 
 
@@ -57,6 +57,17 @@ def with_grid(layout: Layout, grid: tuple[int, ...]) -> Layout:
     """The layout whose segment "image" lies on another grid."""
     spans = (replace(s, length=prod(grid)) if s.name == "image" else s for s in layout.spans)
     return replace(layout, spans=tuple(spans), grid=grid)
+
+
+def at_scale(layout: Layout, grid: tuple[int, ...], width: int) -> Layout:
+    """The same, in tokens of another width, which the layout notes as "width"."""
+    reads = (*(read for read in layout.reads if read[0] != "width"), ("width", width))
+    return replace(with_grid(layout, grid), reads=reads)
+
+
+def image_layout(grid: tuple[int, ...], width: int) -> Layout:
+    """One segment "image", a token per position of the grid."""
+    return at_scale(Layout((Span("image", prod(grid)),)), grid, width)
 
 
 def xavier_(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from ditloom.contracts.plan import BlockPlan
 from ditloom.contracts.streams import Context, Streams
 from ditloom.parts import cost
 from ditloom.parts.embedders import LabelEmbedding, TimeEmbedding
-from ditloom.parts.grids import convolution, to_map, to_tokens, with_grid
+from ditloom.parts.grids import at_scale, convolution, to_map, to_tokens
 
 
 class Down(Transition):
@@ -35,7 +35,7 @@ class Down(Transition):
         return {"rest": cost.convolution(self.conv, layout.length("image"))}
 
     def after(self, layout: Layout) -> Layout:
-        return with_grid(layout, tuple(n // 2 for n in layout.grid))
+        return at_scale(layout, tuple(n // 2 for n in layout.grid), 4 * self.conv.out_channels)
 
 
 class Up(Transition):
@@ -55,7 +55,7 @@ class Up(Transition):
         return {"rest": cost.convolution(self.conv, layout.length("image"))}
 
     def after(self, layout: Layout) -> Layout:
-        return with_grid(layout, tuple(2 * n for n in layout.grid))
+        return at_scale(layout, tuple(2 * n for n in layout.grid), self.conv.out_channels // 4)
 
 
 class Concatenate(Transition):
@@ -69,10 +69,13 @@ class Concatenate(Transition):
         self, streams: Streams, context: Context, plan: BlockPlan | None = None, given: Mapping[str, Any] = NOTHING
     ) -> tuple[Streams, dict[str, Any]]:
         x = self.linear(torch.cat([streams["image"], given["skip"]["image"]], dim=-1))
-        return streams.updated(image=x), {}
+        return Streams({"image": x}, self.after(streams.layout)), {}
 
     def macs(self, layout: Layout) -> dict[str, int]:
         return {"rest": cost.linear(self.linear, layout.length("image"))}
+
+    def after(self, layout: Layout) -> Layout:
+        return at_scale(layout, layout.grid, self.linear.out_features)
 
 
 class ScaleConditions(nn.Module):
