@@ -9,6 +9,7 @@ writes it, which indexes whole tensors at every token (so that its backward pass
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 
 import torch
@@ -61,8 +62,8 @@ def scans(channels: int, indexed: bool) -> dict[str, float]:
     if indexed:
         contenders["indexed"] = indexed_scan
     runs = {k: (lambda s=s: both_ways(s, given), lambda s=s: _forward(s, given)) for k, s in contenders.items()}
-    times = interleaved({k: both for k, (both, _) in runs.items()}, RUNS, warm_up=1)
-    forward = interleaved({k: alone for k, (_, alone) in runs.items()}, RUNS, warm_up=1)
+    times = interleaved({k: both for k, (both, _) in runs.items()}, RUNS, 1, time.thread_time)
+    forward = interleaved({k: alone for k, (_, alone) in runs.items()}, RUNS, 1, time.thread_time)
     found = {f"{k} ms": 1000 * t.median for k, t in times.items()}
     for name in contenders.keys() - {"chunks"}:
         found[f"{name} over chunks"] = ratios(times[name], times["chunks"])
@@ -76,7 +77,7 @@ def _forward(scan: Scan, given: list[Tensor]) -> Tensor:
 
 
 def main() -> None:
-    """Print all tables as JSON. One thread: small steps on several wait for each other on a busy machine."""
+    """Print all tables as JSON. Time of one thread: on several, small steps wait for each other."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     found = {f"{TOKENS} tokens, {n} channels, {STATES} states": scans(n, n == CHANNELS[0]) for n in CHANNELS}
