@@ -53,7 +53,7 @@ from recipes.family_study.entrants import ENTRANTS
 from recipes.family_study.report import write_report
 
 MACS = 16_000_000
-IMAGES, BATCH, LOG = 19_200, 64, 1_600
+IMAGES, BATCH, LOG = 12_800, 64, 1_280
 RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2)
 DRAWN, STEPS, HELD_OUT = 500, 10, 1_000
@@ -139,7 +139,7 @@ def run(case: Case) -> dict[str, Any]:
     phase = Phase(
         objectives={"denoise": Denoise(PROCESS)},
         optimiser=AdamW(lr=case.rate, betas=(0.9, 0.99)),
-        schedule=Cosine(warmup=1_600, total=IMAGES, floor=0.02),
+        schedule=Cosine(warmup=1_280, total=IMAGES, floor=0.02),
         clip=1.0,
     )
     averages = {"ramped": Ramped(value=0.995)}

@@ -1,14 +1,19 @@
-"""Each family at a given width, for 8x8 latents of 16 channels; the study picks the width that costs the same."""
+"""Each family at a given width, for 8x8 latents of 16 channels; the study picks the width that costs the same.
+
+Not here: SiT (trained alike it is DiT), Hunyuan-DiT (256 tokens of 2,048 of its second encoder are fixed), D2iT (its
+map of fine regions comes from looking at the picture first), DiS and DiMSUM (a step of their scans takes some hundred
+times as long as others on a CPU), and the video families.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from ditloom.backbones.d2it import D2iTConfig
 from ditloom.backbones.ddt import DDTConfig
+from ditloom.backbones.dense2moe import Dense2MoEConfig
+from ditloom.backbones.dic import DiCConfig
 from ditloom.backbones.dint import DintConfig
-from ditloom.backbones.dis import DiSConfig
 from ditloom.backbones.dit import DiTConfig
 from ditloom.backbones.dit_air import DiTAirConfig
 from ditloom.backbones.dit_dh import DiTDHConfig
@@ -17,6 +22,7 @@ from ditloom.backbones.dydit import DyDiTConfig
 from ditloom.backbones.flexdit import FlexDiTConfig
 from ditloom.backbones.flux import FluxConfig
 from ditloom.backbones.hidream import HiDreamConfig
+from ditloom.backbones.li_dit import LiDiTConfig
 from ditloom.backbones.lightning_dit import LightningDiTConfig
 from ditloom.backbones.mmdit import MMDiTConfig
 from ditloom.backbones.pixart_sigma import PixArtConfig
@@ -91,10 +97,13 @@ ENTRANTS: dict[str, Callable[[int], BackboneConfig]] = {
     "flexdit": lambda w: FlexDiTConfig(
         **shape(w, 8), pooling=1, groups=1, group=(1, 2, 1, 1), dense=2, sides=(4,), **TOKENS, **PLAIN
     ),
-    "d2it": lambda w: D2iTConfig(
-        **shape(w, 3), refine_depth=1, refine_width=w, refine_heads=heads(w), **{**LATENT, "patch": 2}, **PLAIN
-    ),
     "terdit": lambda w: TerDiTConfig(**shape(w), multiple=16, **TOKENS, **PLAIN),
     "u-dit": lambda w: UDiTConfig(width=w // 2, heads=2, depths=(1, 1, 1, 1, 1), **LATENT, **PLAIN),
-    "dis": lambda w: DiSConfig(depth=DEPTH, width=w, **TOKENS, **PLAIN),
+    "dic": lambda w: DiCConfig(width=w // 2, depths=(1, 1, 1, 1, 1), skip_stride=1, **LATENT, **PLAIN),
+    "li-dit": lambda w: LiDiTConfig(
+        **shape(w), refiner_depth=1, table=8, table_span=8, pooled_width=16, **TOKENS, **WORD
+    ),
+    "dense2moe": lambda w: Dense2MoEConfig(
+        **shape(w, 2), single_depth=4, axes=rotary(w), pooled_width=16, experts=6, **OWN_TIME, **WORD
+    ),
 }
