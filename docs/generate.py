@@ -29,6 +29,8 @@ SECTIONS = {
     "Conditioners": registries.CONDITIONERS,
     "Data sources": registries.DATA,
     "Methods": registries.METHODS,
+    "Trainings of methods": registries.TRAININGS,
+    "Adapters": registries.ADAPTERS,
 }
 
 
