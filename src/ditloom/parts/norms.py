@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ditloom.contracts.errors import UnknownName
 
@@ -24,8 +25,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = torch.rsqrt(x.to(torch.float32).square().mean(-1, keepdim=True) + self.eps)
-        return (x * scale).to(x.dtype) * self.weight.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight.to(x.dtype)
 
 
 class AcrossHeads(nn.Module):
