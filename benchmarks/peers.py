@@ -32,8 +32,9 @@ class Peer:
 
     def build(self, net: Backbone) -> nn.Module:
         """diffusers' module with the weights of a network of ours."""
-        settings = FORMATS.get(self.format)().settings(net.preset)
-        theirs = getattr(import_module("diffusers"), settings.pop("_class_name"))(**settings)
+        settings, diffusers = FORMATS.get(self.format)().settings(net.preset), import_module("diffusers")
+        diffusers.logging.set_verbosity_error()
+        theirs = getattr(diffusers, settings.pop("_class_name"))(**settings)
         theirs.load_state_dict(foreign_state_dict(net, self.format))
         return theirs
 
