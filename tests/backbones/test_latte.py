@@ -17,7 +17,7 @@ from ditloom.contracts.plan import BlockPlan
 from ditloom.parts.attention import attend
 from ditloom.parts.axis_attention import SpatialAttention, TemporalAttention
 from ditloom.processes import process
-from ditloom.samplers import guidance, sampler
+from ditloom.samplers import guidance_rule, sampler
 from ditloom.samplers.drawing import Drawing
 from ditloom.sites.rules import Allow, Causal, Gates, Mask, Rule, Term, rule, settle
 from ditloom.sites.visit import visit
@@ -187,7 +187,7 @@ def test_a_video_is_drawn(name: str, noise: Any, solver: str) -> None:
     """Two steps by the drawing, and by hand."""
     backbone, path = make(name), process(noise)
     _, _, condition = inputs(backbone, batch=2)
-    drawing = Drawing(backbone, path, sampler(solver), guidance("none"), {"cond": condition}, indices=(0, 1))
+    drawing = Drawing(backbone, path, sampler(solver), guidance_rule("none"), {"cond": condition}, indices=(0, 1))
     steps = list(drawing.walk((4, F, 8, 8), 2))
     assert [s.x.shape for s in steps] == 2 * [torch.Size((2, 4, F, 8, 8))]
     x = drawing.prior((4, F, 8, 8))

@@ -164,6 +164,15 @@ def test_counted_macs_are_the_executed_ones(backbone: Backbone) -> None:
     assert counter.get_total_flops() == 2 * backbone.macs(layout)
 
 
+@torch.no_grad()
+def test_a_probe_costs_what_it_says(backbone: Backbone) -> None:
+    streams, context = embedded(backbone, *inputs(backbone))
+    first = backbone.blocks[of_kind(backbone)[0]].requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        first.modulated_in(streams, context)
+    assert counter.get_total_flops() == 2 * 3 * first.modulated_in_macs(streams.layout)
+
+
 @pytest.mark.parametrize(
     "name",
     [

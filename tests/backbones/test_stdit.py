@@ -16,7 +16,7 @@ from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Segment
 from ditloom.parts.adaln_single import HEAD
 from ditloom.processes import process
-from ditloom.samplers import guidance, sampler
+from ditloom.samplers import guidance_rule, sampler
 from ditloom.samplers.drawing import Drawing
 from tests.backbones.tiny import embedded, inputs, make
 
@@ -141,7 +141,7 @@ def test_a_video_is_drawn() -> None:
     """Two Euler steps by the drawing, and by hand; what the release points at is the data."""
     backbone = make("stdit-3")
     path, (_, _, condition) = process(backbone.preset.process), inputs(backbone, batch=2)
-    drawing = Drawing(backbone, path, sampler("euler"), guidance("none"), {"cond": condition}, indices=(0, 1))
+    drawing = Drawing(backbone, path, sampler("euler"), guidance_rule("none"), {"cond": condition}, indices=(0, 1))
     steps = list(drawing.walk((4, F, 8, 8), 2))
     x, times = drawing.prior((4, F, 8, 8)), [steps[0].t, *(s.t_next for s in steps)]
     with torch.no_grad():

@@ -15,7 +15,7 @@ from ditloom.parts.attention import logits
 from ditloom.parts.positions import grid_positions, rotary, rotate
 from ditloom.parts.video_patches import patchify_video, unpatchify_video
 from ditloom.processes import process
-from ditloom.samplers import guidance, sampler
+from ditloom.samplers import guidance_rule, sampler
 from ditloom.samplers.drawing import Drawing
 from tests.backbones.tiny import embedded, inputs, make
 
@@ -174,7 +174,7 @@ def test_a_video_is_drawn_under_guidance(batched: bool) -> None:
     empty = replace(condition, text=torch.zeros(2, 1, 32), text_mask=None)
     told = {"cond": condition, "uncond": empty}
     drawing = Drawing(
-        backbone, path, sampler("euler"), guidance("cfg:scale=3"), told, seed=1, indices=(4, 7), batched=batched
+        backbone, path, sampler("euler"), guidance_rule("cfg:scale=3"), told, seed=1, indices=(4, 7), batched=batched
     )
     steps = list(drawing.walk((4, 2, 8, 8), 2))
     x, times = drawing.prior((4, 2, 8, 8)), [steps[0].t, *(s.t_next for s in steps)]

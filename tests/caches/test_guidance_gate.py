@@ -29,7 +29,7 @@ def test_against_a_loop(spec: str, computed: tuple[int, ...], batched: bool) -> 
 
 
 @pytest.mark.parametrize(
-    "steps, start_, alone", [(10, "0.5", 5), (10, "7", 3), (1, "0.5", 0), (2, "0", 1), (2, "0.5", 1)]
+    "steps, first, alone", [(10, "0.5", 5), (10, "7", 3), (1, "0.5", 0), (2, "0", 1), (2, "0.5", 1)]
 )
 def test_forwards_saved(steps: int, first: str, alone: int) -> None:
     """Never on the first step, of which there is no difference yet."""

@@ -126,6 +126,9 @@ class DiCBlock(Block):
             raise UserError("the input of this DiC block depends on its long skip: probe a block of the way down")
         return normed(self.norm1, streams["image"], streams.layout.grid)
 
+    def modulated_in_macs(self, layout: Layout) -> int:
+        return 0
+
     def macs(self, layout: Layout) -> dict[str, int]:
         n = layout.length()
         skip = 0 if self.skip_linear is None else cost.linear(self.skip_linear, n)

@@ -174,6 +174,9 @@ class DiMSUMBlock(Block):
         """The normed input; each scan modulates its half of it."""
         return self.norm1(streams["residual"] + streams["image"])
 
+    def modulated_in_macs(self, layout: Layout) -> int:
+        return 0
+
     def macs(self, layout: Layout) -> dict[str, int]:
         n = layout.length()
         mixer = self.spatial.macs(n) + self.frequency.macs(n) + self.fusion.macs(n)
@@ -197,6 +200,9 @@ class SharedBlock(Block):
 
     def modulated_in(self, streams: Streams, context: Context) -> Tensor:
         return self.inner.modulated_in(streams, context)
+
+    def modulated_in_macs(self, layout: Layout) -> int:
+        return self.inner.modulated_in_macs(layout)
 
     def macs(self, layout: Layout) -> dict[str, int]:
         return self.inner.macs(layout)

@@ -166,6 +166,9 @@ class MMDiTBlock(Block):
         shift, scale, *_ = self._chunks("image", context, streams.layout)
         return modulate(self.image.norm1(streams["image"]), shift, scale)
 
+    def modulated_in_macs(self, layout: Layout) -> int:
+        return self.image.modulation.macs(len(layout.groups("image")))
+
     def macs(self, layout: Layout) -> dict[str, int]:
         sides = {"image": self.image, "text": self.text}
         costs = {

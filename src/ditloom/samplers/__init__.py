@@ -18,7 +18,7 @@ def sampler(spec: str | Mapping[str, Any] | Sampler) -> Sampler:
     return registered(SAMPLERS, spec)
 
 
-def guidance(spec: str | Mapping[str, Any] | Guidance) -> Guidance:
+def guidance_rule(spec: str | Mapping[str, Any] | Guidance) -> Guidance:
     """A guidance rule from "cfg:scale=4", from a mapping with a "name", or as it is."""
     from ditloom.contracts.settings import registered
 

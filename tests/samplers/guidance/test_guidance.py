@@ -13,7 +13,7 @@ from ditloom.contracts.sampler import Moment
 from ditloom.processes.discrete_vp import DiscreteVP
 from ditloom.processes.edm import EDM
 from ditloom.processes.linear import Linear
-from ditloom.samplers import guidance, sampler
+from ditloom.samplers import guidance_rule, sampler
 from ditloom.samplers.guided import Guided
 from ditloom.samplers.trajectory import finish
 from tests.samplers.mixture import no_noise
@@ -29,7 +29,7 @@ def moment(t: float = 0.5, step: int = 3, path=FLOW) -> Moment:
 
 
 def combined(spec, cond=COND, weak=WEAK, **where):
-    rule = guidance(spec)
+    rule = guidance_rule(spec)
     here = moment(**where)
     given = dict(zip(("cond", rule.weak), (cond, weak), strict=True)) if hasattr(rule, "weak") else {"cond": cond}
     return rule.combine({k: given[k] for k in rule.branches(here)}, here, {})
@@ -38,12 +38,12 @@ def combined(spec, cond=COND, weak=WEAK, **where):
 def test_the_registered_rules():
     assert GUIDANCE.names() == ["apg", "autoguidance", "cfg", "cfg-zero-star", "none"]
     for name in GUIDANCE.names():
-        assert guidance(guidance(name).config()) == guidance(name)
+        assert guidance_rule(guidance_rule(name).config()) == guidance_rule(name)
 
 
 @pytest.mark.parametrize("spec", [*RULES, "cfg-zero-star", "none"])
 def test_scale_one_is_the_conditional_prediction_alone(spec):
-    rule = guidance(spec)
+    rule = guidance_rule(spec)
     rule = dataclasses.replace(rule, scale=1.0) if spec != "none" else rule
     assert rule.needs == rule.branches(moment(step=0)) == ("cond",)
     estimate = rule.combine({"cond": COND, getattr(rule, "weak", "uncond"): WEAK}, moment(step=0), {})
@@ -52,7 +52,7 @@ def test_scale_one_is_the_conditional_prediction_alone(spec):
 
 @pytest.mark.parametrize("spec", RULES)
 def test_near_scale_one_every_rule_is_near_the_conditional(spec):
-    rule = dataclasses.replace(guidance(spec), scale=1 + 1e-6)
+    rule = dataclasses.replace(guidance_rule(spec), scale=1 + 1e-6)
     torch.testing.assert_close(combined(rule).v, COND, atol=1e-3, rtol=1e-3)
 
 
@@ -77,14 +77,14 @@ def test_cfg_commutes_with_conversions(predicts):
 
 
 def test_the_interval_includes_both_ends_and_saves_the_other_branch():
-    rule = guidance("cfg:scale=2,start=0.1,end=0.7")
+    rule = guidance_rule("cfg:scale=2,start=0.1,end=0.7")
     asked = {t: rule.branches(moment(t)) for t in (0.0, 0.0999, 0.1, 0.4, 0.7, 0.7001, 1.0)}
     both = ("cond", "uncond")
     assert list(asked.values()) == [("cond",), ("cond",), both, both, both, ("cond",), ("cond",)]
     torch.testing.assert_close(combined(rule, t=0.9).v, COND)
-    assert all(guidance("cfg").branches(moment(t)) == both for t in (0.0, 0.3, 1.0))
+    assert all(guidance_rule("cfg").branches(moment(t)) == both for t in (0.0, 0.3, 1.0))
     with pytest.raises(UserError, match="start <= end"):
-        guidance("cfg:start=0.7,end=0.1")
+        guidance_rule("cfg:start=0.7,end=0.1")
 
 
 def test_first_channels_and_learned_variance_stay_as_in_dit():
@@ -127,7 +127,7 @@ def test_the_optimal_scale_is_one_for_equal_and_k_for_scaled_predictions():
 
 
 def test_zero_init_leaves_x_where_it_is_and_needs_no_model():
-    rule, solver = guidance("cfg-zero-star:scale=3,zero_steps=2"), sampler("euler")
+    rule, solver = guidance_rule("cfg-zero-star:scale=3,zero_steps=2"), sampler("euler")
     model = Guided(lambda x, t, branches, **where: {b: COND for b in branches}, FLOW, rule, 5)
     steps = list(solver.sample(model, X, solver.grid(FLOW, 5), FLOW, no_noise))
     assert torch.equal(steps[0].x, X) and torch.equal(steps[1].x, X) and not torch.equal(steps[2].x, X)
@@ -137,7 +137,7 @@ def test_zero_init_leaves_x_where_it_is_and_needs_no_model():
 def test_apg_equals_diffusers():
     """Its "original formulation" writes the scale as w - 1."""
     module = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
-    rule, memory = guidance("apg:scale=4,eta=0.2,momentum=-0.5,norm_limit=7"), {}
+    rule, memory = guidance_rule("apg:scale=4,eta=0.2,momentum=-0.5,norm_limit=7"), {}
     path = Linear(predicts="x0")
     buffer = module.MomentumBuffer(-0.5)
     for step in range(3):
@@ -172,7 +172,7 @@ def test_branches_in_one_call_or_two_agree():
         out = net(torch.cat([x] * len(branches)), y)
         return dict(zip(branches, out.chunk(len(branches)), strict=True))
 
-    solver, rule = sampler("heun"), guidance("cfg:scale=3,end=0.6")
+    solver, rule = sampler("heun"), guidance_rule("cfg:scale=3,end=0.6")
     models = [Guided(predict, FLOW, rule, 8) for predict in (separate, batched)]
     ends = [finish(solver.sample(m, X, solver.grid(FLOW, 8), FLOW, no_noise)) for m in models]
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-5, atol=1e-5)
@@ -198,7 +198,7 @@ def test_the_network_hears_scaled_input_and_its_own_time():
         heard.append((x, t, where))
         return {b: x for b in branches}
 
-    model = Guided(predict, path, guidance("none"), 4)
+    model = Guided(predict, path, guidance_rule("none"), 4)
     estimate = model(X, 0.6, step=2, evaluation=1)
     x, t, where = heard[0]
     torch.testing.assert_close(x, path.scale_input(X, 0.6))
@@ -211,7 +211,7 @@ def test_memory_lives_as_long_as_the_run():
     def predict(x, t, branches, **where):
         return {b: x if b == "cond" else -x for b in branches}
 
-    rule = guidance("apg:scale=2,momentum=-0.5,norm_limit=0")
+    rule = guidance_rule("apg:scale=2,momentum=-0.5,norm_limit=0")
     model = Guided(predict, FLOW, rule, 4)
     first, second = model(X, 0.5, step=0).x0, model(X, 0.5, step=1).x0
     model.reset()
@@ -221,9 +221,9 @@ def test_memory_lives_as_long_as_the_run():
 
 def test_mistakes_are_named():
     with pytest.raises(UnknownName, match="did you mean 'cfg'"):
-        guidance("cgf")
+        guidance_rule("cgf")
     with pytest.raises(UnknownName, match="did you mean 'scale'"):
-        guidance("cfg:scal=3")
-    model = Guided(lambda x, t, branches, **where: {"cond": x}, FLOW, guidance("cfg"), 3)
+        guidance_rule("cfg:scal=3")
+    model = Guided(lambda x, t, branches, **where: {"cond": x}, FLOW, guidance_rule("cfg"), 3)
     with pytest.raises(UserError, match="needs the branch 'uncond', and the model gives \\['cond'\\]"):
         model(X, 0.5, step=0)
