@@ -23,7 +23,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks dit_speed overhead cache_speed scan linear_attention foreign_caches
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py
