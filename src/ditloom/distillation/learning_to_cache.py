@@ -41,7 +41,7 @@ class LearningToCacheTraining:
 
     iterations: int = 1_000
     batch: int = 16
-    rate: float = 0.01
+    rate: float = 0.1
     penalty: float = 5e-6
     threshold: float = 0.1
     drop: float = 0.1
