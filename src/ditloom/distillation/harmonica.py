@@ -35,7 +35,7 @@ class HarmoniCaTraining:
     """How the routers are trained.
 
     trajectories: runs of `batch` samples each. rate: of AdamW (0.01 as published, for 20,000 steps; ours for some
-    hundred). penalty: beta, the price of one computed sub-module (7e-8 as published for DiT-XL/2). target: instead, find
+    hundred). penalty: beta, the price of a computed sub-module (7e-8 as published for DiT-XL/2). target: instead, find
     the penalty at which about this share of the sub-modules' MACs is worth its price (ours; 0 keeps the fixed one). The
     error is about c (1 - score)^2, so that a score settles below the threshold where the penalty exceeds
     2 c (1 - threshold): the quantile of that is the penalty.
