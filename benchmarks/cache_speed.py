@@ -22,13 +22,13 @@ from ditloom.samplers.guidance.cfg import CFG
 from ditloom.sites.report import Report
 from ditloom.sites.surface import Surface
 
-IMAGES, STEPS, RUNS = 2, 8, 3
+IMAGES, STEPS, RUNS = 2, 6, 1
 METHODS_TIMED = (
     "fora:interval=2",
     "fora:interval=4",
     "delta-dit",
     "taylorseer:interval=4",
-    "dbcache:threshold=1e9,max_consecutive=3",
+    "dbcache:threshold=1e9,warmup=1,max_consecutive=3",
     "guidance-gate",
 )
 
