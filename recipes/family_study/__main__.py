@@ -54,7 +54,7 @@ from recipes.family_study.report import write_report
 
 MACS = 16_000_000
 IMAGES, BATCH, LOG = 12_800, 64, 1_280
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 DRAWN, STEPS, HELD_OUT = 500, 10, 1_000
 CLASSES, FOLD, SIDE = 10, 4, 32

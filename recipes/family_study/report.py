@@ -51,7 +51,7 @@ def introduction(results: Sequence[Result], macs: int, images: int) -> list[str]
         "",
         f"Fashion-MNIST at 32x32, folded 4x4 into 16 channels of 8x8; {len(results)} runs of {images:,} images each",
         "(batch 64, linear flow, AdamW, cosine, bf16, average 0.995), every family at the width whose forward takes",
-        f"closest to {macs / 1e6:g} MMACs; three learning rates with one seed, then two more seeds at the best. Loss:",
+        f"closest to {macs / 1e6:g} MMACs; up to three learning rates, more seeds where the column says so. Loss:",
         "velocity error on 1,000 held-out pictures with fixed noise at evenly spread levels. Frechet: distance in",
         "the features of the bundled classifier of 500 pictures (Heun, 10 steps, no guidance) to 1,000 held-out ones;",
         "biased upwards by its small N, for all alike. Deviations are over seeds. img/s: the best of its runs,",
