@@ -22,6 +22,7 @@ from ditloom.contracts.registries import TRAININGS
 from ditloom.contracts.settings import registered
 from ditloom.data.fashion_mnist import CLASSES
 from ditloom.distillation.setting import Setting
+from ditloom.measure.fidelity import latent_psnr
 from ditloom.model import Input, Model, load
 
 SEED = 5
@@ -59,12 +60,6 @@ def drawn(model: Model, inputs: list[Input], settings: dict[str, Any], mask: Ten
     return model.generate(inputs, seed=SEED, using=using, **told).latents
 
 
-def psnr(x: Tensor, reference: Tensor) -> float:
-    """In dB, with the reference's own range."""
-    span = float(reference.max() - reference.min())
-    return 10 * float(torch.log10(span**2 / (x - reference).square().mean()))
-
-
 def main(study: Study) -> None:
     """Train, draw, print."""
     model = load(study.model)
@@ -87,7 +82,7 @@ def main(study: Study) -> None:
             scores = torch.rand(study.steps, sites, generator=torch.Generator().manual_seed(seed))
             masks[f"random {seed}"] = computed(scores, threshold_of(scores, share + 1e-9, costs))
         for name, chosen in masks.items():
-            value = psnr(drawn(model, inputs, settings, chosen), plain)
+            value = latent_psnr(drawn(model, inputs, settings, chosen), plain)
             rows.append({"mask": name, "budget": share, "share": share_of(chosen, costs), "psnr": value})
             print(f"{share:.3f}  {name:20} {rows[-1]['share']:.3f}  {value:.2f} dB", flush=True)
     print(json.dumps({"model": study.model, "settings": settings, "trainings": trainings, "rows": rows}))

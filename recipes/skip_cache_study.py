@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import tyro
 from torch import Tensor
 
 from ditloom.caches.skip_dit import SkipCache
 from ditloom.caches.static import Reuse, StaticCache
 from ditloom.contracts.method import Codec, Handler
+from ditloom.measure.fidelity import latent_psnr
 from ditloom.model import Model, load
 from ditloom.sites.codecs import DELTA, VALUE
 
@@ -48,12 +48,6 @@ def drawn(model: Model, study: Study, handlers: list[Handler]) -> tuple[Tensor, 
     return result.latents, result.report.share_saved
 
 
-def psnr(x: Tensor, reference: Tensor) -> float:
-    """In dB, with the reference's own range."""
-    span = float(reference.max() - reference.min())
-    return 10 * float(torch.log10(span**2 / (x - reference).square().mean()))
-
-
 def main(study: Study) -> None:
     """Print a table."""
     dit, skip = load(study.plain), load(study.skip)
@@ -68,7 +62,7 @@ def main(study: Study) -> None:
         }
         for name, (model, reference, handler) in cases.items():
             x, saved = drawn(model, study, [handler])
-            print(f"every {interval}  {name:22} {saved:.3f} saved  {psnr(x, reference):.2f} dB", flush=True)
+            print(f"every {interval}  {name:22} {saved:.3f} saved  {latent_psnr(x, reference):.2f} dB", flush=True)
 
 
 if __name__ == "__main__":

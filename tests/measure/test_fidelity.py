@@ -56,3 +56,11 @@ def test_unlike_shapes_and_tiny_pictures_are_refused():
         psnr(torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8))
     with pytest.raises(UserError, match="at least 11"):
         ssim(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
+
+
+def test_latents_are_measured_in_the_range_of_the_reference() -> None:
+    from ditloom.measure.fidelity import latent_psnr
+
+    reference = torch.tensor([[-3.0, 5.0]])
+    assert latent_psnr(reference + 0.8, reference) == pytest.approx(20.0, abs=1e-4)
+    assert latent_psnr(reference, reference) == float("inf")

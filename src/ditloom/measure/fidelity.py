@@ -25,6 +25,12 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
     return -10 * (a - b).square().mean((1, 2, 3)).log10()
 
 
+def latent_psnr(x: Tensor, reference: Tensor) -> float:
+    """PSNR of latents in dB, over all of a batch at once, with the reference's own range as the peak."""
+    span = float(reference.max() - reference.min())
+    return 10 * float((span**2 / (x - reference).square().mean()).log10())
+
+
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004, equation 13), [B]: Gaussian window of 11 pixels, sigma 1.5, range 1.
 
