@@ -1,145 +1,113 @@
 """Every backbone family: inference and a training step, beside diffusers' module where it has the architecture.
 
-python -m benchmarks families [family ...] [--markdown]
+python -m benchmarks families [family ...] [--markdown] [--again] [--evidence]
 
 Ours runs in bf16, eager and with frozen compiled blocks; diffusers' module of the same configuration as its users run
-it on a CPU, under bf16 autocast, and with its weights cast to bf16. All contenders of a family take turns.
+it on a CPU, under bf16 autocast, and with its weights cast to bf16. All contenders of a family take turns, bare matrix
+products among them. Every family's numbers are kept under runs/benchmarks/families/ as soon as they are there, and
+taken from there by a later call on the same machine with the same settings.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import datetime
 import json
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+import yaml
 
-from benchmarks.dit_speed import no_grad, randomise, train_step_of
+from benchmarks import family_turns, machine
 from benchmarks.family_configs import CONFIGS
-from benchmarks.peers import Arguments, Peer, in_bf16, peer_of
-from benchmarks.timing import Timing, interleaved, ratios
-from ditloom.contracts.backbone import Backbone, BackboneConfig
-from ditloom.contracts.registries import BACKBONES, PROCESSES
-from ditloom.contracts.settings import registered
-from ditloom.sites.compiling import compile_blocks
-from ditloom.training.learner import STUDENT, Learner
-from ditloom.training.objectives.denoise import Denoise
-from ditloom.training.optim import AdamW
-from ditloom.training.schedules import Constant
-from ditloom.training.step import Phase
+from benchmarks.peers import peer_of
+from ditloom.contracts.registries import BACKBONES
 
-BATCH, RUNS, RATE = 4, 8, 1e-4
+FOLDER = Path("runs/benchmarks/families")
+EVIDENCE = Path(__file__).parents[1] / "docs/evidence/speeds.yaml"
+COMMAND = "OMP_NUM_THREADS={threads} python -m benchmarks families"
+KEPT = ("date", "parameters", "gmacs", "tokens", "times")
 COLUMNS = {
-    "forward img/s": "forward eager",
-    "frozen img/s": "forward frozen",
-    "training img/s": "training ours",
-    "diffusers forward": "forward diffusers",
-    "ratio eager": "forward eager / diffusers",
-    "ratio compiled+frozen": "forward frozen / diffusers",
-    "ratio eager, both cast": "forward eager / cast",
-    "ratio training": "training ours / diffusers",
+    "eager img/s": ("eager", "img/s"),
+    "frozen img/s": ("frozen", "img/s"),
+    "of products": ("frozen", "of floor"),
+    "training img/s": ("training", "img/s"),
+    "of products, training": ("training", "of floor"),
+    "diffusers img/s": ("diffusers", "img/s"),
+    "eager / diffusers": ("eager", "over diffusers"),
+    "frozen / diffusers": ("frozen", "over diffusers"),
+    "eager / diffusers cast": ("eager", "over cast"),
+    "training / diffusers": ("training", "over diffusers training"),
 }
 
-OURS, THEIRS = ("eager", "frozen", "ours"), ("diffusers", "cast")
-
-Contenders = dict[str, Callable[[], object]]
-Row = dict[str, float]
+Row = dict[str, Any]
 
 
-def forward_contenders(config: BackboneConfig, peer: Peer | None) -> Contenders:
-    """What takes turns in inference."""
-    full = filled(config).eval()
-    net = copy.deepcopy(full).to(torch.bfloat16)
-    x, t, condition = net.example(BATCH)
-    given = (x.bfloat16(), t, condition.to(dtype=torch.bfloat16))
-    frozen = copy.deepcopy(net)
-    compile_blocks(frozen, frozen=True)
-    contenders: Contenders = {"eager": partial(no_grad, net, *given), "frozen": partial(no_grad, frozen, *given)}
-    if peer is None:
-        return contenders
-    theirs, arguments = peer.build(full).eval(), peer.arguments(config, x, t, condition)
-    cast = copy.deepcopy(theirs).to(torch.bfloat16)
+def protocol() -> dict[str, Any]:
+    """What numbers must share to stand in one table."""
     return {
-        "diffusers": partial(predicted, theirs, arguments, autocast=True),
-        "cast": partial(predicted, cast, in_bf16(arguments)),
-        **contenders,
+        "machine": machine.in_words(),
+        "threads": torch.get_num_threads(),
+        "dtype": "bfloat16",
+        "batch": family_turns.BATCH,
+        "turns": family_turns.RUNS,
+        "torch": str(torch.__version__),
+        "diffusers": version("diffusers") if find_spec("diffusers") else "none",
     }
 
 
-def training_contenders(config: BackboneConfig, peer: Peer | None) -> Contenders:
-    """What takes turns in training: forward, backward and optimiser."""
-    net = filled(config)
-    theirs = peer.build(net) if peer is not None else None
-    x, t, condition = net.example(BATCH)
-    noise = torch.randn_like(x)
-    process = registered(PROCESSES, {"name": "linear", "predicts": "v"})
-    phase = Phase(objectives={"denoise": Denoise(process)}, optimiser=AdamW(lr=RATE), schedule=Constant())
-    step = train_step_of(Learner({STUDENT: net}, process, [phase], precision="bf16", compile=True))
-    contenders: Contenders = {"ours": partial(step, x, noise, t, condition)}
-    if peer is not None and theirs is not None:
-        contenders = {"diffusers": their_step(theirs, peer.arguments(config, x, t, condition)), **contenders}
-    return contenders
-
-
-def their_step(theirs: nn.Module, arguments: Arguments) -> Callable[[], None]:
-    """A training step of diffusers' module as scripts write it, towards a target of its output's shape."""
-    optimiser = torch.optim.AdamW(theirs.parameters(), lr=RATE)
-    target = torch.randn_like(predicted(theirs, arguments, autocast=True), dtype=torch.float32)
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = (theirs(**arguments, return_dict=False)[0] - target).square().mean()
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-
-    return step
-
-
-@torch.no_grad()
-def predicted(model: nn.Module, arguments: Arguments, autocast: bool = False) -> Tensor:
-    """diffusers' prediction."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        return model(**arguments, return_dict=False)[0]
-
-
-def filled(config: BackboneConfig) -> Backbone:
-    """A fresh network without tensors of zeros."""
-    net = config.build()
-    randomise(net)
-    return net
-
-
-def family(name: str) -> Row:
-    """Images per second of every contender, and how often faster ours are."""
+def row_of(name: str, again: bool = False) -> Row:
+    """A family's numbers: those that are kept, if they were taken as they would be now, or else new ones."""
+    path, wanted = FOLDER / f"{name}.json", {"protocol": protocol(), "config": repr(CONFIGS[name])}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not again else {}
+    if all(kept.get(key) == value for key, value in wanted.items()):
+        return kept
     torch.manual_seed(0)
     torch.compiler.reset()
-    config, peer, row = CONFIGS[name], peer_of(name), Row()
-    for what, contenders in (("forward", forward_contenders), ("training", training_contenders)):
-        times = interleaved(contenders(config, peer), RUNS)
-        row |= {f"{what} {who}": BATCH / timing.median for who, timing in times.items()}
-        row |= {f"{what} {pair}": ratio for pair, ratio in compared(times).items()}
+    numbers = family_turns.measured(CONFIGS[name], peer_of(name))
+    row = {**wanted, "date": datetime.date.today().isoformat(), **numbers}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(row, indent=2), encoding="utf-8")
+    beside.replace(path)
     return row
 
 
-def compared(times: Mapping[str, Timing]) -> Row:
-    """Their time over ours, for every pair of one of theirs and one of ours."""
-    pairs = [(mine, who) for mine in OURS for who in THEIRS if mine in times and who in times]
-    return {f"{mine} / {who}": ratios(times[who], times[mine]) for mine, who in pairs}
+def cells(row: Row) -> list[str]:
+    """A row of the table, a dash where there is nothing to compare with."""
+    found = (row["times"].get(who, {}).get(what) for who, what in COLUMNS.values())
+    return ["-" if number is None else f"{number:.2f}" for number in found]
 
 
 def markdown(rows: Mapping[str, Row]) -> str:
-    """The table of all families, a dash where there is nothing to compare with."""
-    lines = [f"| family | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
-    for name, row in rows.items():
-        cells = (f"{row[key]:.2f}" if key in row else "-" for key in COLUMNS.values())
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """The table of all families."""
+    head = [f"| family | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
+    return "\n".join([*head, *(f"| {name} | {' | '.join(cells(row))} |" for name, row in rows.items())])
+
+
+def line(row: Row) -> str:
+    """The same in a line."""
+    return ", ".join(f"{column} {cell}" for column, cell in zip(COLUMNS, cells(row), strict=True) if cell != "-")
+
+
+def evidence(rows: Mapping[str, Row]) -> str:
+    """The same numbers as docs/evidence/ keeps them."""
+    told = {**protocol(), "command": COMMAND.format(threads=torch.get_num_threads())}
+    families = {name: _rounded({k: row[k] for k in KEPT}) for name, row in rows.items()}
+    document = {"speed": {"protocol": told, "families": families}}
+    return yaml.safe_dump(document, sort_keys=False, width=1000, default_flow_style=None)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def say(line: str) -> None:
@@ -147,31 +115,34 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def wanted(arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """(families, as a table?)."""
+def wanted(arguments: Sequence[str]) -> argparse.Namespace:
+    """What was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks families", description=__doc__)
     parser.add_argument("family", nargs="*", help="default: every registered family")
     parser.add_argument("--markdown", action="store_true", help="a table instead of JSON")
+    parser.add_argument("--again", action="store_true", help="measure also what is kept already")
+    parser.add_argument("--evidence", action="store_true", help=f"write {EVIDENCE.name} for the page of portraits")
     asked = parser.parse_args(arguments)
-    names = asked.family or BACKBONES.names()
-    for name in names:
+    if asked.evidence and asked.family:
+        parser.error("--evidence is of all families: name none")
+    asked.family = asked.family or BACKBONES.names()
+    for name in asked.family:
         if name not in CONFIGS:
             parser.error(f"no family {name!r} to time: there are {', '.join(CONFIGS)}")
-    return names, asked.markdown
+    return asked
 
 
 def main(arguments: Sequence[str] = ()) -> int:
     """Time the families one after the other; 1 if one of them failed."""
-    names, as_table = wanted(arguments)
-    rows: dict[str, Row] = {}
-    failed: dict[str, str] = {}
-    for name in names:
+    asked, rows, failed = wanted(arguments), dict[str, Row](), dict[str, str]()
+    for i, name in enumerate(asked.family, start=1):
         try:
-            rows[name] = family(name)
-            say(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in rows[name].items()))
+            rows[name] = row_of(name, asked.again)
+            say(f"{i}/{len(asked.family)} {name}: {line(rows[name])}")
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            say(f"{name} failed\n{traceback.format_exc()}")
-    document = {"threads": torch.get_num_threads(), "batch": BATCH, "families": rows, "failed": failed}
-    print(markdown(rows) if as_table else json.dumps(document, indent=2))
+            say(f"{i}/{len(asked.family)} {name} failed\n{traceback.format_exc()}")
+    print(markdown(rows) if asked.markdown else json.dumps({"families": rows, "failed": failed}, indent=2))
+    if asked.evidence and not failed:
+        EVIDENCE.write_text(evidence(rows), encoding="utf-8")
     return int(bool(failed))
