@@ -106,6 +106,15 @@ class Adapting(Handler):
         self.settings.count(action, memo)
         return action
 
+    def at_most(self, site: Site, clock: Clock, ready: bool, memo: dict[str, Any]) -> Action:
+        """The longest rate of the codebook, as soon as two computed steps have told a distance."""
+        longest = max(rate for _, rate in self.settings.codebook)
+        granted = memo.get("computed", 0) > 1 and memo.get("in_a_row", 0) < longest - 1
+        action = (self.settings.verdict(clock, memo) or Action.REUSE) if ready and granted else Action.COMPUTE
+        self.settings.count(action, memo)
+        memo["computed"] = memo.get("computed", 0) + (action is Action.COMPUTE)
+        return action
+
     def remarks(self, memo: dict[str, Any]) -> Sequence[str]:
         measured, bounds = memo.get("measured", []), [bound for bound, _ in self.settings.codebook]
         if measured and min(measured) >= bounds[-1]:

@@ -79,6 +79,12 @@ class Deciding(Handler):
         self.guards.count(action, notes)
         return action
 
+    def at_most(self, site: Site, clock: Clock, ready: bool, memo: dict[str, Any]) -> Action:
+        notes = memo.setdefault(site.label, {})
+        action = (self.guards.verdict(clock, notes) or Action.REUSE) if ready else Action.COMPUTE
+        self.guards.count(action, notes)
+        return action
+
     def remarks(self, memo: dict[str, Any]) -> Sequence[str]:
         measured = [one for notes in memo.values() for one in notes.get("measured", ())]
         if self.threshold > 0 and not measured and not any(notes["in_all"] for notes in memo.values()):

@@ -97,7 +97,7 @@ class Mixing(Handler):
     def __init__(self, settings: MixCache, surface: Surface):
         self.settings, sites = settings, self.sites_of(settings, surface)
         costs = {grain: sites[grain].cost / surface.total for grain in (STEP, BLOCK) if grain in sites}
-        self.gains = {CFG: 0.5, **costs}
+        self.gains = {**({CFG: 0.5} if CFG in sites else {}), **costs}
 
     @staticmethod
     def sites_of(settings: MixCache, surface: Surface) -> dict[str, Site]:
@@ -173,7 +173,7 @@ class Mixing(Handler):
         self, site: Site, probes: Mapping[Any, Tensor], clock: Clock, ready: bool, memo: dict[str, Any]
     ) -> Action:
         """The first site of a step to be asked settles the grain; a grain of which nothing is stored is not used."""
-        grain = CFG if site.branch is not None else STEP if site.span and site.span[0] == 0 else BLOCK
+        grain = _grain(site)
         if memo.get("choice", (-1, FULL))[0] != clock.step:
             memo["choice"] = clock.step, self._choose(clock, memo, grain == CFG)
         if _chosen(clock, memo) != grain:
@@ -183,6 +183,16 @@ class Mixing(Handler):
             return Action.COMPUTE
         self._use(grain, memo)
         return Action.REUSE
+
+    def at_most(self, site: Site, clock: Clock, ready: bool, memo: dict[str, Any]) -> Action:
+        """The grain that saves most, on every step between computed ones."""
+        if _grain(site) != max(self.gains, key=lambda grain: self.gains[grain]):
+            return Action.COMPUTE
+        within = memo.get("in_a_row", 0) < self.settings.interval - 1
+        may = ready and within and self.settings.verdict(clock, memo) is not Action.COMPUTE
+        action = Action.REUSE if may else Action.COMPUTE
+        self.settings.count(action, memo)
+        return action
 
     def _choose(self, clock: Clock, memo: dict[str, Any], branch: bool) -> str:
         """The grain of this step, or FULL."""
@@ -216,6 +226,11 @@ class Mixing(Handler):
         span = f"{min(moved):.3g} to {max(moved):.3g}"
         moves = f"from one computed step to the next the output moved {span}"
         return [f"mixcache computed every step: its trigger never fired; {moves}"]
+
+
+def _grain(site: Site) -> str:
+    """What reusing a site is."""
+    return CFG if site.branch is not None else STEP if site.span and site.span[0] == 0 else BLOCK
 
 
 def _chosen(clock: Clock, memo: Mapping[str, Any]) -> str:

@@ -1,8 +1,7 @@
-"""What `generate` will take before it starts: memory by simulation, time by a few real steps of one batch."""
+"""What drawing will take before it starts: work and memory by a rehearsal, time by a few real steps of one batch."""
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ditloom.cli.bulk import Order
+from ditloom.cli.rehearsal import hollow, made_in, rehearsed
 from ditloom.contracts.registries import LATENTS
 from ditloom.model import Model
+from ditloom.sites.report import Report
 from ditloom.training.estimate import without_content
 from ditloom.training.progress import duration
 from ditloom.training.resolve import instance
@@ -22,59 +23,131 @@ PROBED = (2, 4)
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """The work of an order and what a batch holds, at one end of what its methods may decide.
+
+    macs: of all pictures; forwards: of one branch of a batch each; held: bytes stored between steps; seconds: unless
+    nothing was run.
+    """
+
+    macs: int
+    forwards: int
+    held: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
 class GenerateEstimate:
-    """Bytes beside Python, torch and the text encoder; MACs of all pictures; seconds unless nothing was run."""
+    """Bytes beside Python, torch and the text encoder.
+
+    least_reuse and most_reuse are one and the same where every step is planned. plain_macs: without methods.
+    """
 
     pictures: int
     evaluations: int
-    macs: int
+    plain_macs: int
     weights: int
     activations: int
-    seconds: float | None = None
+    least_reuse: Bounds
+    most_reuse: Bounds
+    using: tuple[str, ...] = ()
+
+    @property
+    def planned(self) -> bool:
+        """Whether nothing depends on what a run will see."""
+        return self.least_reuse == self.most_reuse
+
+    @property
+    def held(self) -> int:
+        """What is stored between steps, at most."""
+        return max(self.least_reuse.held, self.most_reuse.held)
 
     @property
     def memory(self) -> int:
-        """The peak of one batch."""
-        return self.weights + self.activations
+        """The peak of one batch, at most."""
+        return self.weights + self.activations + self.held
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        rate = None if not self.seconds else self.pictures / self.seconds
-        return {**asdict(self), "memory": self.memory, "images_per_second": rate}
+        """Plain values; what depends on decisions is null, and its two ends are given under "between"."""
+        ends = {name: [getattr(end, name) for end in (self.most_reuse, self.least_reuse)] for name in _KNOWN}
+        found = {name: least if self.planned else None for name, (_, least) in ends.items()}
+        rate = None if not found["seconds"] else self.pictures / found["seconds"]
+        own = {k: v for k, v in asdict(self).items() if not k.endswith("_reuse")}
+        between = None if self.planned else {name: ends[name] for name in _KNOWN}
+        return {**own, **found, "memory": self.memory, "images_per_second": rate, "between": between}
 
     def lines(self) -> list[str]:
         """What a person reads."""
-        told = [
-            f"{self.pictures:,} pictures, {self.evaluations:,} forwards of a batch, {self.macs / 1e12:.3g} TMACs",
-            f"{self.memory / 1e6:,.0f} MB at the peak of a batch:",
-            f"  {self.weights / 1e6:>9,.0f} MB  weights",
-            f"  {self.activations / 1e6:>9,.0f} MB  activations",
-        ]
-        if self.seconds:
-            told.append(f"{self.pictures / self.seconds:.3g} img/s: {duration(self.seconds)}")
-        return told
+        told = [f"{self.pictures:,} pictures, {self.evaluations:,} forwards of a batch, {self._work()}"]
+        if not self.planned:
+            told.append("from all reused that may be to nothing reused: what happens depends on what the run sees")
+        told.append(f"{self.memory / 1e6:,.0f} MB at the peak of a batch:")
+        parts = {"weights": self.weights, "activations": self.activations}
+        parts |= {"held between steps": self.held} if self.using else {}
+        told += [f"  {size / 1e6:>9,.0f} MB  {name}" for name, size in parts.items()]
+        return [*told, *self._time()]
+
+    def _work(self) -> str:
+        fewest, most = self.most_reuse.macs, self.least_reuse.macs
+        if not self.using:
+            return f"{most / 1e12:.3g} TMACs"
+        shares = f"{fewest / self.plain_macs:.0%}"
+        if self.planned:
+            return f"{most / 1e12:.3g} TMACs, {shares} of what it takes without methods"
+        shares += f" to {most / self.plain_macs:.0%}"
+        return f"{fewest / 1e12:.3g} to {most / 1e12:.3g} TMACs, {shares} of what it takes without methods"
+
+    def _time(self) -> list[str]:
+        fast, slow = self.most_reuse.seconds, self.least_reuse.seconds
+        if not fast or not slow:
+            return []
+        if not self.using:
+            return [f"{self.pictures / slow:.3g} img/s: {duration(slow)}"]
+        rate, told = f"{self.pictures / slow:.3g}", duration(slow)
+        if not self.planned:
+            rate, told = f"{rate} to {self.pictures / fast:.3g}", f"{duration(fast)} to {told}"
+        return [f"{rate} img/s: {told}, if time goes with MACs"]
+
+
+_KNOWN = ("macs", "forwards", "held", "seconds")
 
 
 def estimate_generate(model: Model, order: Order, settings: Mapping[str, Any], probe: bool = True) -> GenerateEstimate:
-    """Of an order drawn with these settings of `Model.generate`."""
+    """Of an order drawn with these settings of `Model.generate`, methods under "using" among them."""
     size = min(order.batch_size, order.each)
-    batch = model.batch([order.inputs[0]] * size, range(size), {**settings, "seed": 0}, settings["negative"])
-    branches, steps = len(batch.drawing.guidance.needs), int(settings["steps"])
-    batches = -(-order.each // order.batch_size) * len(order.seeds)
-    evaluations = batch.drawing.sampler.evaluations(steps)
+    using, drawing = tuple(settings["using"]), {**settings, "seed": 0}
+    asked = [order.inputs[0]] * size, range(size), drawing, settings["negative"]
+    plain, batch = model.batch(*asked), model.batch(*asked, using)
+    branches, batches = len(plain.drawing.guidance.needs), -(-order.each // order.batch_size) * len(order.seeds)
+    evaluations = batch.drawing.sampler.evaluations(batch.steps_total)
+    (without,) = rehearsed(model, plain)
+    reports = rehearsed(model, batch) if using else [without]
     weights, activations = simulated(model, batch.shape, size, branches)
-    macs = model.surface(batch.shape).total * branches * evaluations * order.total
-    seconds = batches * _seconds(model, order, settings, size) if probe else None
-    return GenerateEstimate(order.total, evaluations * batches, macs, weights, activations, seconds)
+    fixed, per_step = _probed(model, order, settings, size) if probe else (0.0, 0.0)
+
+    def bounds(report: Report) -> Bounds:
+        network = per_step * int(settings["steps"]) * report.macs / without.macs
+        seconds = batches * (fixed + network) if probe else None
+        return Bounds(report.macs * order.total // size, report.forwards * batches, report.bytes_held, seconds)
+
+    return GenerateEstimate(
+        pictures=order.total,
+        evaluations=evaluations * batches,
+        plain_macs=without.macs * order.total // size,
+        weights=weights,
+        activations=activations,
+        least_reuse=bounds(reports[0]),
+        most_reuse=bounds(reports[-1]),
+        using=using,
+    )
 
 
 def simulated(model: Model, shape: tuple[int, ...], size: int, branches: int) -> tuple[int, int]:
     """Bytes of the weights, and of the largest of what a forward and the decoding hold beside them."""
     config, dtype = model.config(), model.backbone.dtype
     with without_content() as meter, torch.no_grad():
-        latents = instance(LATENTS, config["latents"])
+        latents, backbone = instance(LATENTS, config["latents"]), hollow(model)
         with made_in(dtype):
-            backbone = model.backbone.preset.build()
             _, t, condition = backbone.example(size * branches)
         weights = sum(t.numel() * t.element_size() for part in (backbone, latents) for t in _tensors(part))
         x = torch.zeros(size, *shape)
@@ -84,29 +157,18 @@ def simulated(model: Model, shape: tuple[int, ...], size: int, branches: int) ->
         return weights, meter.peak - weights
 
 
-@contextlib.contextmanager
-def made_in(dtype: torch.dtype) -> Iterator[None]:
-    """New floating tensors have this dtype: modules without content cannot be converted afterwards."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _tensors(part: nn.Module) -> Iterator[Tensor]:
     yield from part.parameters()
     yield from part.buffers()
 
 
-def _seconds(model: Model, order: Order, settings: Mapping[str, Any], size: int) -> float:
-    """One batch: what does not depend on the number of steps, and as much for every step as between two short runs."""
+def _probed(model: Model, order: Order, settings: Mapping[str, Any], size: int) -> tuple[float, float]:
+    """Seconds of one batch without methods: what does not depend on the number of steps, and those of every step."""
     inputs = [order.inputs[i % len(order.inputs)] for i in range(size)]
     taken = []
     for steps in (PROBED[0], *PROBED):
         start = time.perf_counter()
-        model.generate(inputs, **{**settings, "steps": steps}, batch_size=size)
+        model.generate(inputs, **{**settings, "steps": steps, "using": ()}, batch_size=size)
         taken.append(time.perf_counter() - start)
     per_step = max(taken[2] - taken[1], 0.0) / (PROBED[1] - PROBED[0])
-    return max(taken[1] - PROBED[0] * per_step, 0.0) + int(settings["steps"]) * per_step
+    return max(taken[1] - PROBED[0] * per_step, 0.0), per_step

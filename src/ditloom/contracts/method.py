@@ -130,6 +130,10 @@ class Handler:
         """
         raise NotImplementedError
 
+    def at_most(self, site: Site, clock: Clock, ready: bool, memo: dict[str, Any]) -> Action:
+        """The most that `decide` may reuse at a site, whatever it sees, for estimates before a run; asked as it is."""
+        return Action.REUSE if ready else Action.COMPUTE
+
     def observe(self, clock: Clock, outputs: Mapping[str, Tensor], memo: dict[str, Any]) -> None:
         """After the first evaluation of a sampling step: the predictions of each branch that was really computed."""
 

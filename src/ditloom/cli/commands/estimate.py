@@ -43,6 +43,8 @@ class Estimate(Command):
     """a sampler; unless given, the model's own"""
     size: OptionalText = None
     """side, or HEIGHTxWIDTH, in pixels; unless given, the model's own"""
+    using: UseAppendAction[tuple[str, ...]] = ()
+    """a method such as NAME:KEY=VALUE"""
     dtype: str = "fp32"
     """number format for drawing: fp32, bf16 or fp16"""
     device: str = "auto"
@@ -91,6 +93,13 @@ class Estimate(Command):
         from ditloom.model import load
 
         model = load(str(self.model), dtype=dtype_of(self.dtype), device=device)
-        settings = settings_of(model, steps=self.steps, guidance=self.guidance, sampler=self.sampler, size=self.size)
+        settings = settings_of(
+            model,
+            steps=self.steps,
+            guidance=self.guidance,
+            sampler=self.sampler,
+            size=self.size,
+            using=self.using,
+        )
         order = Order(inputs=[None], each=self.count, batch_size=self.batch_size)
         return estimate_generate(model, order, settings, probe=self.probe > 0)
