@@ -73,3 +73,7 @@ def test_frozen_blocks_compute_the_same_in_one_graph_each() -> None:
     with torch.no_grad():
         again, _ = by_run(model, [Broadcast(3)])
     assert same(again, compiled) and not any(p.requires_grad for p in model.parameters())
+    assert not torch._inductor.config.freezing
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight.zero_()  # what was laid out anew does not see it
+        assert same(by_run(model, [Broadcast(3)])[0], compiled)

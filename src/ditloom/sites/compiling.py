@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +19,26 @@ def compile_blocks(backbone: Backbone, plans: int = 1, *, frozen: bool = False, 
     """
     if frozen:
         backbone.eval().requires_grad_(False)
-        options = {"options": {"freezing": True}, **options}
     backbone.frozen = frozen
     for block in backbone.blocks:
         block.compile(fullgraph=True, dynamic=False, **options)
+        if frozen:
+            block._compiled_call_impl = traced_frozen(block._compiled_call_impl)
     return announce(backbone, plans)
+
+
+def traced_frozen(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled call during which freezing is on: the tracer does not read it from the options of `compile`."""
+    config: Any = torch._inductor.config
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        before, config.freezing = config.freezing, True
+        try:
+            return call(*args, **kwargs)
+        finally:
+            config.freezing = before
+
+    return traced
 
 
 def announce(backbone: Backbone, plans: int) -> int:
