@@ -1,14 +1,15 @@
 """Every image family from scratch on Fashion-MNIST, at equal MACs and equal images: which differences outlast the bars?
 
-    OMP_NUM_THREADS=1 python -m recipes.family_study rates      # every family, three learning rates, one seed
-    OMP_NUM_THREADS=1 python -m recipes.family_study seeds      # two more seeds for the best rate of every family
+    OMP_NUM_THREADS=1 python -m recipes.family_study rates      # every family, three learning rates or more, one seed
+    OMP_NUM_THREADS=1 python -m recipes.family_study seeds      # two more seeds for those near the best, and DiT
     python -m recipes.family_study report                       # docs/family-study.md and the curves beside it
 
-Runs may be started in several processes; each takes the next one that nobody has, and what is finished stays. Pictures
-are 32x32, folded four by four into 16 channels of 8x8 (a latent space without loss), so that every family works on at
-most 64 tokens. Each family hears the class in its own way: as a label, or as a one-hot text token and pooled vector.
-Width is chosen so that one forward takes as near as possible to `MACS`. Needs the Debian package
-dataset-fashion-mnist, or lets it be fetched.
+Runs may be started in several processes; each takes the next one that nobody has, and what is finished stays. Where a
+family's best rate is the lowest or highest tried, the next one beyond is tried as well, within `BOUNDS`. Pictures are
+32x32, folded four by four into 16 channels of 8x8 (a latent space without loss), so that every family works on at most
+64 tokens. Each family hears the class in its own way: as a label, or as a one-hot text token and pooled vector. Width
+is chosen so that one forward takes as near as possible to `MACS`. Needs the Debian package dataset-fashion-mnist, or
+lets it be fetched.
 """
 
 from __future__ import annotations
@@ -50,11 +51,12 @@ from ditloom.training.optim import AdamW
 from ditloom.training.schedules import Cosine
 from ditloom.training.step import Phase
 from recipes.family_study.entrants import ENTRANTS
-from recipes.family_study.report import write_report
+from recipes.family_study.report import summarised, write_report
 
 MACS = 16_000_000
-IMAGES, BATCH, LOG = 12_800, 64, 1_280
-RATES = (2e-3, 4e-3, 8e-3)
+IMAGES, BATCH, LOG = 25_600, 64, 1_280
+RATES = (4e-3, 8e-3, 1.6e-2)
+BOUNDS = (1e-3, 3.2e-2)
 SEEDS = (0, 1, 2)
 DRAWN, STEPS, HELD_OUT = 500, 10, 1_000
 CLASSES, FOLD, SIDE = 10, 4, 32
@@ -234,19 +236,50 @@ def claimed(path: Path) -> bool:
         return True
 
 
-def contenders(results: list[dict[str, Any]]) -> Iterator[Case]:
-    """The best rate of every family, with the seeds that are still to come."""
+def best_rates(results: list[dict[str, Any]]) -> Iterator[tuple[str, float, list[float]]]:
+    """Every family that has results, its best rate, and all that were tried, ascending."""
     for family in ENTRANTS:
-        own = [r for r in results if r["family"] == family and r["seed"] == 0]
-        if not own:
-            continue
-        best = min(own, key=lambda r: r["held_out_loss"] if math.isfinite(r["held_out_loss"]) else math.inf)
-        yield from (Case(family, best["rate"], seed) for seed in SEEDS[1:])
+        own = [r for r in results if r["family"] == family and r["seed"] == SEEDS[0]]
+        if own:
+            best = min(own, key=lambda r: r["held_out_loss"] if math.isfinite(r["held_out_loss"]) else math.inf)
+            yield family, best["rate"], sorted(r["rate"] for r in own)
+
+
+def contenders(results: list[dict[str, Any]]) -> Iterator[Case]:
+    """More seeds for the best family, for DiT, and for all that two deviations do not separate from the best."""
+    rows = sorted(summarised(results), key=lambda row: row["loss"])
+    deviation = max((row["loss_sd"] for row in rows if math.isfinite(row["loss_sd"])), default=0.0)
+    for row in rows:
+        near = row["loss"] - rows[0]["loss"] <= 2 * math.sqrt(2) * deviation
+        if near or row["family"] == "dit":
+            yield from (Case(row["family"], row["rate"], seed) for seed in SEEDS[1:])
+
+
+def beyond(results: list[dict[str, Any]]) -> Iterator[Case]:
+    """For every family whose best rate is the last one tried on its side, the next."""
+    for family, best, tried in best_rates(results):
+        for edge, following in ((tried[0], best / 2), (tried[-1], best * 2)):
+            if best == edge and BOUNDS[0] <= following <= BOUNDS[1]:
+                yield Case(family, following, SEEDS[0])
+
+
+def until_settled(cases: Callable[[list[dict[str, Any]]], Iterator[Case]]) -> None:
+    """Run the cases that the results ask for, and those that their results ask for, until nothing is new."""
+    seen = -1
+    while len(finished()) > seen:
+        seen = len(finished())
+        work(list(cases(finished())))
+
+
+def search_rates() -> None:
+    """The rates of every family, until the best is not the last."""
+    work([Case(family, rate, SEEDS[0]) for family in ENTRANTS for rate in RATES])
+    until_settled(beyond)
 
 
 PARTS: Mapping[str, Callable[[], None]] = {
-    "rates": lambda: work([Case(family, rate, SEEDS[0]) for family in ENTRANTS for rate in RATES]),
-    "seeds": lambda: work(list(contenders(finished()))),
+    "rates": search_rates,
+    "seeds": lambda: until_settled(contenders),
     "report": lambda: write_report(finished(), MACS, IMAGES),
 }
 

@@ -1,8 +1,7 @@
 """Each family at a given width, for 8x8 latents of 16 channels; the study picks the width that costs the same.
 
 Not here: SiT (trained alike it is DiT), Hunyuan-DiT (256 tokens of 2,048 of its second encoder are fixed), D2iT (its
-map of fine regions comes from looking at the picture first), DiS and DiMSUM (a step of their scans takes some hundred
-times as long as others on a CPU), and the video families.
+map of fine regions comes from looking at the picture first) and the video families.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ from typing import Any
 from ditloom.backbones.ddt import DDTConfig
 from ditloom.backbones.dense2moe import Dense2MoEConfig
 from ditloom.backbones.dic import DiCConfig
+from ditloom.backbones.dimsum import DiMSUMConfig
 from ditloom.backbones.dint import DintConfig
+from ditloom.backbones.dis import DiSConfig
 from ditloom.backbones.dit import DiTConfig
 from ditloom.backbones.dit_air import DiTAirConfig
 from ditloom.backbones.dit_dh import DiTDHConfig
@@ -106,4 +107,6 @@ ENTRANTS: dict[str, Callable[[int], BackboneConfig]] = {
     "dense2moe": lambda w: Dense2MoEConfig(
         **shape(w, 2), single_depth=4, axes=rotary(w), pooled_width=16, experts=6, **OWN_TIME, **WORD
     ),
+    "dis": lambda w: DiSConfig(depth=DEPTH, width=w, **TOKENS, **PLAIN),
+    "dimsum": lambda w: DiMSUMConfig(**shape(w), fusion_heads=heads(w), every=DEPTH, **OWN_TIME, **CLASSES),
 }

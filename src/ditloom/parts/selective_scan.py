@@ -25,7 +25,7 @@ from ditloom.parts.precision import wide
 
 CHUNK = 32
 PER_STATE = 4
-AT_ONCE = {"cpu": 1 << 19}
+AT_ONCE = {"cpu": 1 << 16}
 AT_ONCE_ELSEWHERE = 1 << 26
 
 
@@ -90,7 +90,7 @@ class Chunks:
     def cut(self, x: Tensor) -> Tensor:
         """[B, L, F] to [Q, B * K, F]; a short last chunk is filled with zeros, which change no state."""
         x = F.pad(x, (0, 0, 0, self.chunks * self.steps - self.length))
-        return x.unflatten(1, (self.chunks, self.steps)).permute(2, 0, 1, 3).reshape(self.steps, -1, x.shape[-1])
+        return x.unflatten(1, (self.chunks, self.steps)).permute(2, 0, 1, 3).flatten(1, 2).contiguous()
 
     def join(self, x: Tensor) -> Tensor:
         """The inverse of `cut`, for [Q, B * K, ...] with F values each."""
