@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ditloom.contracts.backbone import Backbone
 from ditloom.contracts.plan import Action, BlockPlan, Edit
 from ditloom.sites.compiling import compile_blocks
+from ditloom.sites.visit import COSTLY
 from tests.backbones.tiny import TINY, embedded, inputs, make, of_kind, planned
 
 
@@ -52,7 +53,9 @@ def test_capturing_every_stage_changes_nothing_and_putting_it_back_neither(backb
     assert torch.equal(captured, plain)
     back = {}
     for i, found in kept.items():
-        assert {f"{name}@image" for name in names(backbone, i) if name != "logits"} - found.keys() <= {"mlp_text@image"}
+        assert {f"{name}@image" for name in names(backbone, i) if name not in COSTLY} - found.keys() <= {
+            "mlp_text@image"
+        }
         given = {k: v for k, v in found.items() if "@" in k}
         edits = tuple(Edit(k.split("@")[0], "replace", k, k.split("@")[1]) for k in given)
         back[i] = (BlockPlan(edits=edits), given)
@@ -60,7 +63,7 @@ def test_capturing_every_stage_changes_nothing_and_putting_it_back_neither(backb
 
 
 def _asked(backbone: Backbone, index: int, streams: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f"{name}@{s}" for name in names(backbone, index) if name != "logits" for s in streams)
+    return tuple(f"{name}@{s}" for name in names(backbone, index) if name not in COSTLY for s in streams)
 
 
 @torch.no_grad()
@@ -88,6 +91,16 @@ def test_logits_are_those_of_the_attention(backbone: Backbone) -> None:
     heads = torch.cat([kept[f"attn_heads@{s}"] for s in streams if f"attn_heads@{s}" in kept], 1)
     again = torch.einsum("bhqk,bkhd->bqhd", kept["logits"].softmax(-1), v).flatten(2)
     torch.testing.assert_close(again, heads, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_logits_of_text_are_those_of_the_cross_attention(backbone: Backbone) -> None:
+    at, keep = block_with(backbone, "cross"), ("cross_logits", "cross_v@image", "cross_heads@image")
+    if "cross_logits" not in backbone.blocks[at].stages:
+        pytest.skip(f"{backbone.preset.family} has no logits of text")
+    kept = both(backbone, {at: (BlockPlan(keep=keep), {})})[1][at]
+    again = torch.einsum("bhqk,bkhd->bqhd", kept["cross_logits"].softmax(-1), kept["cross_v@image"]).flatten(2)
+    torch.testing.assert_close(again, kept["cross_heads@image"], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -125,20 +138,21 @@ def test_skipping_a_site_is_reusing_zero(backbone: Backbone) -> None:
         assert not torch.equal(skipped, plain)
 
 
+@pytest.mark.parametrize("site", ["mlp", "cross"])
 @torch.no_grad()
-def test_rows_computed_afresh(backbone: Backbone) -> None:
+def test_rows_computed_afresh(backbone: Backbone, site: str) -> None:
     """All rows: the plain output. Some rows: those are fresh, the others as stored."""
-    at = block_with(backbone, "mlp", rows=True)
-    plain, kept = both(backbone, {at: (BlockPlan(keep=("mlp",)), {})})
-    fresh = kept[at]["mlp"]
+    at, name = block_with(backbone, site, rows=True), f"{site}.rows"
+    plain, kept = both(backbone, {at: (BlockPlan(keep=(site,)), {})})
+    fresh = kept[at][site]
     every = torch.stack([torch.randperm(fresh.shape[1], generator=torch.Generator().manual_seed(i)) for i in range(3)])
-    rows = BlockPlan(actions=(("mlp", Action.ROWS),), keep=("mlp",))
-    out, _ = both(backbone, {at: (rows, {"mlp": torch.zeros_like(fresh), "mlp.rows": every})})
+    rows = BlockPlan(actions=((site, Action.ROWS),), keep=(site,))
+    out, _ = both(backbone, {at: (rows, {site: torch.zeros_like(fresh), name: every})})
     torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
-    _, some = both(backbone, {at: (rows, {"mlp": torch.zeros_like(fresh), "mlp.rows": every[:, :5]})})
+    _, some = both(backbone, {at: (rows, {site: torch.zeros_like(fresh), name: every[:, :5]})})
     chosen = torch.zeros(fresh.shape[:2], dtype=torch.bool).scatter(1, every[:, :5], True)
-    torch.testing.assert_close(some[at]["mlp"][chosen], fresh[chosen], rtol=1e-5, atol=1e-5)
-    assert not some[at]["mlp"][~chosen].any()
+    torch.testing.assert_close(some[at][site][chosen], fresh[chosen], rtol=1e-5, atol=1e-5)
+    assert not some[at][site][~chosen].any()
 
 
 @torch.no_grad()

@@ -101,7 +101,7 @@ class HunyuanDiTBlock(Block):
 
     sites = ("attn", "cross", "mlp")
     stages = ("modulated_in", *attention.STAGES, *cross_attention.STAGES, "ff_hidden")
-    row_sites = ("mlp",)
+    row_sites = ("cross", "mlp")
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, text_width: int):
         super().__init__()
@@ -120,7 +120,7 @@ class HunyuanDiTBlock(Block):
         h = at.tap("modulated_in", self.norm1(x) + self._shift(context, layout))
         x = x + at.around("attn", lambda h: self.attn(h, layout, context, at), h)
         rotary = context.rotary["image"]
-        x = x + at.around("cross", lambda h: self.cross(h, context, given, at, rotary), self.norm_cross(x))
+        x = x + self.cross.around(self.norm_cross(x), context, given, at, rotary)
         h = self.norm2(x)
         mlp_rows = lambda index: self.mlp(take_rows(h, index))  # noqa: E731
         x = x + at.around("mlp", lambda h: self.mlp(h, at), h, rows=mlp_rows)

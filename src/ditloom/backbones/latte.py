@@ -94,7 +94,7 @@ class LatteBlock(Block):
 
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp")
     stages: ClassVar[tuple[str, ...]] = ("modulated_in", *AxisAttention.stages, "ff_hidden")
-    row_sites = ("mlp",)
+    row_sites: ClassVar[tuple[str, ...]] = ("mlp",)
     kind: ClassVar[type[AxisAttention]] = SpatialAttention
 
     def __init__(
@@ -150,6 +150,7 @@ class ReadingLatteBlock(LatteBlock):
 
     sites: ClassVar[tuple[str, ...]] = ("attn", "cross", "mlp")
     stages = (*LatteBlock.stages, *cross_attention.STAGES)
+    row_sites = ("cross", "mlp")
 
     def __init__(
         self,
@@ -163,7 +164,7 @@ class ReadingLatteBlock(LatteBlock):
         self.cross = CrossAttention(width, heads)
 
     def read(self, x: Tensor, context: Context, given: Mapping[str, Any], at: Visit | BareVisit) -> Tensor:
-        return x + at.around("cross", lambda x: self.cross(x, context, given, at), x)
+        return x + self.cross.around(x, context, given, at)
 
     def macs(self, layout: Layout) -> dict[str, int]:
         return {**super().macs(layout), "cross": self.cross.macs(layout.length(), layout.read("text"))}

@@ -99,7 +99,7 @@ class PixArtBlock(Block):
 
     sites = ("attn", "cross", "mlp")
     stages = ("modulated_in", *attention.STAGES, *cross_attention.STAGES, "ff_hidden")
-    row_sites = ("mlp",)
+    row_sites = ("cross", "mlp")
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, qk_norm: str | None = None):
         super().__init__()
@@ -118,7 +118,7 @@ class PixArtBlock(Block):
         shift1, scale1, gate1, shift2, scale2, gate2 = chunks
         h = at.tap("modulated_in", modulate(self.norm1(x), shift1, scale1))
         x = torch.addcmul(x, gate1, at.around("attn", lambda h: self.attn(h, layout, context, at), h))
-        x = x + at.around("cross", lambda x: self.cross(x, context, given, at), x)
+        x = x + self.cross.around(x, context, given, at)
         h = modulate(self.norm2(x), shift2, scale2)
         mlp_rows = lambda index: self.mlp(take_rows(h, index))  # noqa: E731
         x = torch.addcmul(x, gate2, at.around("mlp", lambda h: self.mlp(h, at), h, rows=mlp_rows))

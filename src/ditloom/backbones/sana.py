@@ -77,6 +77,7 @@ class SanaBlock(Block):
 
     sites = ("attn", "cross", "mlp")
     stages = ("modulated_in", *linear_attention.STAGES, *cross_attention.STAGES, "ff_hidden")
+    row_sites = ("cross",)
 
     def __init__(self, width: int, heads: int, cross_heads: int, hidden: int, qk_norm: bool = False):
         super().__init__()
@@ -97,7 +98,7 @@ class SanaBlock(Block):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(context.modulation["image"])
         h = at.tap("modulated_in", modulate(self.norm1(x), shift1, scale1))
         x = torch.addcmul(x, gate1, at.around("attn", lambda h: self.attn(h, at), h))
-        x = x + at.around("cross", lambda x: self.cross(x, context, given, at), x)
+        x = x + self.cross.around(x, context, given, at)
         h = modulate(self.norm2(x), shift2, scale2)
         x = torch.addcmul(x, gate2, at.around("mlp", lambda h: self.mlp(h, layout.grid, at), h))
         return streams.updated(image=x), at.kept

@@ -116,7 +116,7 @@ class STDiTBlock(Block):
 
     sites = ("attn", "temporal", "cross", "mlp")
     stages = ("modulated_in", *AxisAttention.stages, *cross_attention.STAGES, "ff_hidden")
-    row_sites = ("mlp",)
+    row_sites = ("cross", "mlp")
 
     def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
@@ -136,7 +136,7 @@ class STDiTBlock(Block):
         x = torch.addcmul(x, gate1, at.around("attn", lambda h: self.attn(h, layout, context, at), h))
         along = lambda x: self.attn_time(self.timed(x, layout), layout, context)  # noqa: E731
         x = torch.addcmul(x, gate1, at.around("temporal", along, x))
-        x = x + at.around("cross", lambda x: self.cross(x, context, given, at), x)
+        x = x + self.cross.around(x, context, given, at)
         h = modulate(self.norm2(x), shift2, scale2)
         mlp_rows = lambda index: self.mlp(take_rows(h, index))  # noqa: E731
         x = torch.addcmul(x, gate2, at.around("mlp", lambda h: self.mlp(h, at), h, rows=mlp_rows))

@@ -22,7 +22,7 @@ from ditloom.contracts.plan import BlockPlan
 from ditloom.contracts.registry import register
 from ditloom.contracts.streams import Context, Memory, Streams
 from ditloom.contracts.time import FLOW_1000, TimeInput
-from ditloom.parts import attention, cost, cross_attention
+from ditloom.parts import attention, cost
 from ditloom.parts.adaln_single import AdaLNSingle, ModulationTable, TableHead, head_modulation, single_modulation
 from ditloom.parts.checks import check_heads, check_rows, check_text
 from ditloom.parts.cross_attention import (
@@ -99,14 +99,14 @@ class WanBlock(Block):
     """
 
     sites = ("attn", "cross", "mlp")
-    stages = ("modulated_in", *attention.STAGES, *cross_attention.STAGES, "ff_hidden")
-    row_sites = ("mlp",)
+    row_sites = ("cross", "mlp")
 
     def __init__(self, width: int, heads: int, hidden: int, cross: CrossAttention):
         super().__init__()
         self.norm1, self.norm_cross, self.norm2 = LayerNorm(width), LayerNorm(width, True), LayerNorm(width)
         self.attn = attention.SelfAttention(width, heads, qk_norm="rms-full")
         self.cross = cross
+        self.stages = ("modulated_in", *attention.STAGES, *cross.stages, "ff_hidden")
         self.mlp = MLP(width, hidden)
         self.modulation = ModulationTable(width)
 
@@ -119,7 +119,7 @@ class WanBlock(Block):
         shift1, scale1, gate1, shift2, scale2, gate2 = chunks
         h = at.tap("modulated_in", modulate(self.norm1(x), shift1, scale1))
         x = torch.addcmul(x, gate1, at.around("attn", lambda h: self.attn(h, layout, context, at), h))
-        x = x + at.around("cross", lambda h: self.cross(h, context, given, at), self.norm_cross(x))
+        x = x + self.cross.around(self.norm_cross(x), context, given, at)
         h = modulate(self.norm2(x), shift2, scale2)
         mlp_rows = lambda index: self.mlp(take_rows(h, index))  # noqa: E731
         x = torch.addcmul(x, gate2, at.around("mlp", lambda h: self.mlp(h, at), h, rows=mlp_rows))

@@ -6,9 +6,10 @@ and sharding see them. Otherwise `prepare` computes them for all blocks, and eac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,12 @@ from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Layout
 from ditloom.contracts.streams import Context, Memory
 from ditloom.parts import cost
-from ditloom.parts.attention import kernel
+from ditloom.parts.attention import kernel, logits
 from ditloom.parts.norms import head_norm
 from ditloom.parts.positions import rotate
-from ditloom.sites.visit import BARE, BareVisit, Visit
+from ditloom.sites.visit import BARE, BareVisit, Visit, take_rows
 
-STAGES = ("cross_q", "cross_k", "cross_v", "cross_heads")
+STAGES = ("cross_q", "cross_k", "cross_v", "cross_logits", "cross_heads")
 KEPT = "text_kv"
 
 
@@ -32,6 +33,8 @@ class CrossAttention(nn.Module):
 
     `qk_norm` as in `Projections`. The queries, not the keys, may be rotated.
     """
+
+    stages: ClassVar[tuple[str, ...]] = STAGES
 
     def __init__(self, width: int, heads: int, text_width: int | None = None, qk_norm: str | None = None):
         super().__init__()
@@ -61,8 +64,27 @@ class CrossAttention(nn.Module):
         k, v = (at.tap(stage, part) for stage, part in zip(("cross_k", "cross_v"), kept.unbind(2), strict=True))
         q = self.q_norm(self.q(x).unflatten(-1, (self.heads, -1)))
         q = at.tap("cross_q", q if rotary is None else rotate(q, rotary))
-        heads = self.attend(q, k, v, context.shared.get("text_mask")).flatten(2)
-        return self.proj(at.tap("cross_heads", heads))
+        mask = context.shared.get("text_mask")
+        if at.wants("cross_logits"):
+            scores = logits(q, k)
+            at.keep("cross_logits", scores if mask is None else scores.masked_fill(~mask, -math.inf))
+        return self.proj(at.tap("cross_heads", self.attend(q, k, v, mask).flatten(2)))
+
+    def around(
+        self,
+        x: Tensor,
+        context: Context,
+        given: Mapping[str, Any] = NOTHING,
+        at: Visit | BareVisit = BARE,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The same as the block's site "cross", of which some tokens can be computed alone."""
+
+        def rows(index: Tensor) -> Tensor:
+            turned = rotary and tuple(t[index] if t.ndim == 2 else take_rows(t, index) for t in rotary)
+            return self(take_rows(x, index), context, given, at, turned)
+
+        return at.around("cross", lambda x: self(x, context, given, at, rotary), x, rows=rows)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Queries [B, N, h, d] and keys and values [B, n, h, d] to heads [B, N, h, d]."""
@@ -83,6 +105,8 @@ class ImageCrossAttention(CrossAttention):
 
     The image has projections of keys and values, and a norm of its keys, of its own.
     """
+
+    stages = tuple(stage for stage in STAGES if stage != "cross_logits")
 
     def __init__(self, width: int, heads: int, text_tokens: int, qk_norm: str | None = None):
         super().__init__(width, heads, qk_norm=qk_norm)

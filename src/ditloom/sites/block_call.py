@@ -134,11 +134,15 @@ class BlockCall:
         return cost
 
     def _logits(self) -> int:
-        """Attention logits are a product of their own."""
-        if not any(c.tap.stage == "logits" for c in self.captures):
-            return 0
-        surface = self.forward.surface
-        return surface.per_pair[self.position]["attn"] // 2 * surface.layouts[self.position].length() ** 2
+        """Attention logits are products of their own; those of text are made for the tokens that read it now."""
+        asked, surface = {c.tap.stage for c in self.captures}, self.forward.surface
+        total = 0
+        if "logits" in asked:
+            total += surface.per_pair[self.position]["attn"] // 2 * surface.layouts[self.position].length() ** 2
+        if "cross_logits" in asked:
+            action = next((a for planned, a in self.actions if planned.site.inner == "cross"), Action.COMPUTE)
+            total += self._executed("cross", action, surface.text_logits(self.position))
+        return total
 
 
 def _name(placed: Placed) -> str:

@@ -12,6 +12,7 @@ from ditloom.contracts.site import Site
 from ditloom.sites.codecs import Delta
 from ditloom.sites.edits import EDITS, REPLACING
 from ditloom.sites.surface import Surface
+from ditloom.sites.visit import COSTLY
 
 LEVELS = {"run": 0, "blocks": 1, "block": 2, "attention": 3}
 WHOLE = frozenset({Action.COMPUTE, Action.REUSE, Action.DEFER})
@@ -161,7 +162,7 @@ def why_not(tap: Tap, surface: Surface) -> str:
     if not surface.has_stage(tap.stage, tap.block):
         family = surface.backbone.preset.family
         return surface.backbone.missing.get(tap.stage, f"block {tap.block} of {family} has no such stage")
-    if tap.stage == "logits" and tap.op != "capture":
+    if tap.stage in COSTLY and tap.op != "capture":
         return "attention logits can only be captured"
     if (tap.op == "append") != (tap.stage == "attend"):
         return "keys and values are appended at the stage 'attend', and nothing else happens there"

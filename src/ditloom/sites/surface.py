@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate
 
 from ditloom.contracts.backbone import Backbone, Block
 from ditloom.contracts.errors import UserError
@@ -28,6 +29,7 @@ class Surface:
 
     def __init__(self, backbone: Backbone, layout: Layout, branches: tuple[str, ...] = ("cond",)):
         self.backbone, self.layout, self.branches = backbone, layout, branches
+        self._ends: dict[tuple[int, int], int] = {}
 
     @cached_property
     def flat_blocks(self) -> list[Block]:
@@ -39,7 +41,7 @@ class Surface:
         """Positions of the blocks in the flat list of blocks and transitions."""
         return [p for p, block in enumerate(self.flat_blocks) if not block.is_transition]
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Number of blocks L."""
         return len(self.flat)
@@ -69,9 +71,21 @@ class Surface:
         return [sum(costs.values()) for costs in self.costs]
 
     @cached_property
+    def totals_before(self) -> list[int]:
+        """MACs per batch row of all blocks and transitions before every flat position, and of all."""
+        return list(accumulate(self.block_totals, initial=0))
+
+    @cached_property
     def per_pair(self) -> list[dict[str, int]]:
         """MACs per pair of query and key of every attention among tokens, by site, at every flat position."""
         return [_quadratic(b, layout) for b, layout in zip(self.flat_blocks, self.layouts, strict=False)]
+
+    def text_logits(self, position: int) -> int:
+        """MACs per batch row of the logits of a block's cross-attention: half of what every token read adds."""
+        block, layout = self.flat_blocks[position], self.layouts[position]
+        longer = tuple((name, length + (name == "text")) for name, length in layout.reads)
+        more = block.macs(replace(layout, reads=longer))["cross"] - self.costs[position]["cross"]
+        return more // 2 * layout.read("text")
 
     def block(self, index: int) -> Block:
         """Block `index`, 0-based."""
@@ -84,6 +98,11 @@ class Surface:
     def end(self, i: int, j: int) -> int:
         """Flat position at which range(i, j) ends: before block j, or before the transitions that lead there if these
         only rearrange and what leaves the range then has the layout of what enters it."""
+        if (i, j) not in self._ends:
+            self._ends[i, j] = self._end(i, j)
+        return self._ends[i, j]
+
+    def _end(self, i: int, j: int) -> int:
         position, after_last = self.position(j), self.flat[j - 1] + 1
         entering, glue = self.layouts[self.flat[i]], self.flat_blocks[after_last:position]
         early = all(getattr(block, "rearranges", False) for block in glue) and self.layouts[position] != entering

@@ -13,6 +13,9 @@ from ditloom.contracts.layout import Layout
 from ditloom.contracts.plan import PLAIN, Action, BlockPlan, Edit
 from ditloom.sites.edits import edited, edited_at
 
+COSTLY = ("logits", "cross_logits")
+"""Stages that are only made where they are asked for, and that can only be captured."""
+
 
 class Visit:
     """One block call under a plan: acts around sites, taps stages, gathers what is to be kept."""
@@ -73,7 +76,7 @@ class Visit:
         return edited_at(self.layout.slice(edit.segment), edit.op, x, given, edit.number, rows)
 
     def wants(self, stage: str) -> bool:
-        """Whether a costly stage (attention logits) or an auxiliary value must be materialised."""
+        """Whether a costly stage or an auxiliary value must be materialised."""
         return any(name.partition("@")[0] == stage for name in self.plan.keep)
 
     def keep(self, stage: str, value: Any) -> None:
