@@ -27,7 +27,7 @@ def compile_blocks(backbone: Backbone, plans: int = 1, *, frozen: bool = False, 
     return announce(backbone, plans)
 
 
-def traced_frozen(call: Callable[..., Any]) -> Callable[..., Any]:
+def traced_frozen(call: Any) -> Callable[..., Any]:
     """A compiled call during which freezing is on: the tracer does not read it from the options of `compile`."""
     config: Any = torch._inductor.config
 
