@@ -15,6 +15,8 @@ from ditloom.caches.magcache import MagCache
 from ditloom.caches.mixcache import MixCache
 from ditloom.caches.taocache import TaoCache
 from ditloom.caches.teacache import TeaCache
+from ditloom.caches.toca import ToCa
+from ditloom.contracts.clock import Clock
 from ditloom.contracts.method import Method
 from ditloom.sites.compiling import compile_blocks
 from tests.caches.deciding import drawn
@@ -30,6 +32,9 @@ METHODS: dict[str, Method] = {
     "adacache": AdaCache(),
     "mixcache": MixCache(kappa=1e9, stable=1),
     "taocache": TaoCache(start=0.0, alpha=0.7),
+    "toca": ToCa(interval=4, ratio=0.1),
+    "toca by age": ToCa(interval=4, ratio=0.2, score="age"),
+    "toca of one token": ToCa(interval=6, ratio=0.06, layer_weight=0.0, step_weight=1.0),
 }
 
 
@@ -64,3 +69,16 @@ def test_what_is_held_was_foreseen(name: str) -> None:
         tokens = run.program.surface.layout.length()  # type: ignore[union-attr]
         bound = run.program.bytes_needed(4, 4, tokens, 64, 4 * toys.latent(1).nbytes)  # type: ignore[union-attr]
         assert run.report.bytes_held <= bound, family
+
+
+def test_any_number_of_tokens_is_one_graph() -> None:
+    """A cache that computes some tokens of each block computes ever other numbers of them."""
+    steps = [Clock(s, 6) for s in range(6)]
+    method = ToCa(interval=4, ratio=0.1)
+    numbers = {
+        method.fresh(b, 5, steps[s], 16) for s, cached in enumerate(method.cached(6)) if cached for b in range(5)
+    }
+    model = toys.make("dit")
+    compile_blocks(model, backend="eager")
+    drawn(method, model)
+    assert COUNTERS["stats"]["unique_graphs"] < len(numbers)

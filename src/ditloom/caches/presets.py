@@ -18,9 +18,14 @@ STACKS: Mapping[str, tuple[str, ...]] = {
         "fastercache:attention=False,guidance_start=0.4",
     ),
     "delta-then-fora": ("delta-dit:end=0.5", "fora:start=0.5"),
+    "toca-text": (
+        "toca:score=text,ratio=0.3,bonus=0.4,window=4,step_weight=-0.9,layer_weight=0.6,interval_weight=0.2,"
+        "sensitive=(),feed_forward=1.6,cross=0.6,forward=True",
+    ),
 }
 """Approximations of one step are not nested: where two levels meet, each has its own part of the run, or the outer one
-decides first and the inner one acts on what is still computed. TaoCache starts from two outputs of all blocks."""
+decides first and the inner one acts on what is still computed. TaoCache starts from two outputs of all blocks. toca-text: ToCa
+as in PixArt-alpha at 20 steps of DPM-Solver."""
 
 
 def expanded(using: Iterable[Any]) -> list[Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,13 +37,22 @@ def look(stage: str, block: int, layout: Layout, branch: str) -> Look:
 
 
 class Score(ABC):
-    """How much every token of the image stream matters [B, n], from what a stage gives at a computed step."""
+    """How much every token of the image stream matters [B, n], from what a stage gives where it is computed.
+
+    every_branch: looked at in all branches, not only in the leading one.
+    """
 
     stage: ClassVar[str]
+    every_branch: ClassVar[bool] = False
 
     @abstractmethod
-    def __call__(self, value: Tensor, at: Look) -> Tensor:
-        """The score of every token."""
+    def of(self, value: Tensor, at: Look) -> Tensor:
+        """What of one branch counts [B, n]; of some tokens, where only these were computed."""
+
+    def joined(self, found: Sequence[Tensor]) -> Tensor:
+        """The score of every token, from what counts in each branch."""
+        (value,) = found
+        return F.normalize(value, dim=1)
 
 
 class Attention(Score):
@@ -53,10 +63,9 @@ class Attention(Score):
 
     stage = "logits"
 
-    def __call__(self, value: Tensor, at: Look) -> Tensor:
+    def of(self, value: Tensor, at: Look) -> Tensor:
         among = slice(*at.joint)
-        received = value[:, :, among, among].float().softmax(-1).mean(1).sum(1)
-        return F.normalize(received, dim=1)
+        return value[:, :, among, among].float().softmax(-1).mean(1).sum(1)
 
 
 class SmallValues(Score):
@@ -64,20 +73,44 @@ class SmallValues(Score):
 
     stage = "v_proj"
 
-    def __call__(self, value: Tensor, at: Look) -> Tensor:
-        return F.normalize((1 - value.float().norm(dim=-1)).sum(-1), dim=1)
+    def of(self, value: Tensor, at: Look) -> Tensor:
+        return (1 - value.float().norm(dim=-1)).sum(-1)
 
 
-SCORES: Mapping[str, type[Score] | None] = {"attention": Attention, "small-values": SmallValues, "age": None}
+class Text(Score):
+    """The entropy of the attention that a token pays to the text, averaged over heads (ToCa, s2).
+
+    Of a map that holds the texts of all branches side by side, each with its share, so that branches agree. A token
+    that is computed alone on a cached step brings its map up to date.
+    """
+
+    stage = "cross_logits"
+    every_branch = True
+
+    def of(self, value: Tensor, at: Look) -> Tensor:
+        paid = value.float().softmax(-1).mean(1)
+        return -torch.sum(paid * torch.log(paid + 1e-7), dim=-1)
+
+    def joined(self, found: Sequence[Tensor]) -> Tensor:
+        entropy = math.log(len(found)) + torch.stack(tuple(found)).mean(0)
+        return F.normalize(1 + entropy, dim=1)
+
+
+SCORES: Mapping[str, type[Score] | None] = {
+    "attention": Attention,
+    "text": Text,
+    "small-values": SmallValues,
+    "age": None,
+}
 """By name; with "age" all tokens matter alike, and how long ago they were computed decides."""
 
 
-def spread(score: Tensor, at: Look, bonus: float) -> Tensor:
-    """The score [B, n] with the best token of every 2 x 2 window raised by `bonus` times itself (ToCa, s4)."""
+def spread(score: Tensor, at: Look, bonus: float, side: int = 2) -> Tensor:
+    """The score [B, n] with the best token of every window raised by `bonus` times itself (ToCa, s4)."""
     if len(at.grid) < 2:
         return score
     start, stop = at.image
     image = score[:, start:stop].reshape(-1, 1, *at.grid[-2:])
-    best, index = F.max_pool2d(image, 2, ceil_mode=True, return_indices=True)
+    best, index = F.max_pool2d(image, side, ceil_mode=True, return_indices=True)
     raised = image.flatten(1).scatter_add(1, index.flatten(1), bonus * best.flatten(1))
     return torch.cat([score[:, :start], raised.reshape(len(score), -1), score[:, stop:]], dim=1)

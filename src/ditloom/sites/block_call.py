@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.layout import Layout
 from ditloom.contracts.plan import Action, BlockPlan, Edit
@@ -46,8 +49,8 @@ class BlockCall:
         name, forward, handler = planned.site.inner, self.forward, planned.handler
         self.given[name] = planned.control.codec.decode(None, forward.predicted(planned))
         if action is Action.ROWS:
-            memo = forward.run.memo(handler)
-            self.given[f"{name}.rows"] = handler.rows(planned.site, forward.clock, forward.rows, memo)
+            index = handler.rows(planned.site, forward.clock, forward.rows, forward.run.memo(handler))
+            self.given[f"{name}.rows"] = of_any_length(index)
         elif action is Action.MIX:
             self.given[f"{name}.mix"] = handler.mix(planned.site, forward.clock)
 
@@ -143,6 +146,12 @@ class BlockCall:
             action = next((a for planned, a in self.actions if planned.site.inner == "cross"), Action.COMPUTE)
             total += self._executed("cross", action, surface.text_logits(self.position))
         return total
+
+
+def of_any_length(index: Tensor) -> Tensor:
+    """Row indices [B, k] of which a compiler takes k as open: their number changes from step to step."""
+    torch._dynamo.maybe_mark_dynamic(index, 1)
+    return index
 
 
 def _name(placed: Placed) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -18,6 +18,7 @@ from ditloom.sites.surface import Surface
 
 USING = frozenset({Action.REUSE, Action.ROWS, Action.MIX})
 KEEPING = frozenset({Action.COMPUTE, Action.DEFER, Action.ROWS, Action.MIX})
+TWOFOLD = frozenset({Action.DEFER, Action.ROWS})
 Controls = Mapping[str, Sequence[Control]]
 Plans = Mapping[str, Steps]
 
@@ -61,11 +62,20 @@ class StepProgram:
     watched: set[int] = field(default_factory=set)
     plain: list[Site] = field(default_factory=list)
     drops: list[Place] = field(default_factory=list)
+    _stops: dict[Surface, list[int]] = field(default_factory=dict)
 
-    @property
-    def idle(self) -> bool:
-        """Nothing acts inside the backbone."""
-        return not (self.ranges or self.inner or self.taps)
+    def stops(self, surface: Surface) -> list[int]:
+        """For every flat position, the first one from there on at which something is to do; blocks before it run."""
+        if surface not in self._stops:
+            self._stops[surface] = next_of(self._busy(surface), len(surface.flat_blocks))
+        return self._stops[surface]
+
+    def _busy(self, surface: Surface) -> set[int]:
+        """Flat positions where something acts, looks, starts or ends, or a tapped long skip arrives."""
+        ends = {surface.end(*p.site.span) for ranges in self.ranges.values() for p in ranges if p.site.span}
+        skips = {user for user, source in surface.backbone.skips.items() if surface.index_at[source] in self.taps}
+        blocks = {*self.ranges, *self.watched, *self.inner, *self.taps} - {-1}
+        return {surface.position(block) for block in blocks} | ends | skips
 
     @cached_property
     def plain_inside(self) -> tuple[str, ...]:
@@ -109,7 +119,10 @@ class Program:
         return overriding(self.handlers, "rule")
 
     def static_plans(self) -> int:
-        """At most how many distinct plans a block is called with: graphs per block kind for a compiler."""
+        """At most how many distinct plans a block is called with: graphs per block kind for a compiler.
+
+        A deferred site is reused or computed; of one of which some rows are computed, a single row is compiled apart.
+        """
         shapes = set()
         for step in self.steps:
             for block in {*step.inner, *step.taps, -1}:
@@ -118,7 +131,7 @@ class Program:
                 taps = tuple((p.key, p.tap.stage, p.tap.op, p.tap.number) for p in step.taps.get(block, ()))
                 shapes.add((actions, taps))
         segments = 2 if self.segmenters else 1
-        return segments * sum(2 ** sum(a is Action.DEFER for _, a, _ in actions) for actions, _ in shapes)
+        return segments * sum(2 ** sum(a in TWOFOLD for _, a, _ in actions) for actions, _ in shapes)
 
     def bytes_needed(self, rows: int, itemsize: int, tokens: int, width: int, latent: int = 0) -> int:
         """An upper bound of what stored tensors will hold, remembered probes among them.
@@ -137,6 +150,14 @@ class Program:
         noting = {handler.key for handler in overriding(self.handlers, "noted")}
         taps = (placed for step in self.steps for listed in step.taps.values() for placed in listed)
         return {*probed, *((p.handler.key, p.tap) for p in taps if p.handler.key in noting)}
+
+
+def next_of(positions: Collection[int], end: int) -> list[int]:
+    """For every position up to `end`, the first of `positions` from there on; `end` after the last."""
+    found = [end] * (end + 1)
+    for position in reversed(range(end)):
+        found[position] = position if position in positions else found[position + 1]
+    return found
 
 
 def overriding(handlers: Sequence[Handler], name: str) -> list[Handler]:
