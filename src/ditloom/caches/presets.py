@@ -24,8 +24,9 @@ STACKS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """Approximations of one step are not nested: where two levels meet, each has its own part of the run, or the outer one
-decides first and the inner one acts on what is still computed. TaoCache starts from two outputs of all blocks. toca-text: ToCa
-as in PixArt-alpha at 20 steps of DPM-Solver."""
+decides first and the inner one acts on what is still computed. TaoCache starts from two outputs of all blocks.
+toca-text is ToCa as in PixArt-alpha at 20 steps of DPM-Solver.
+"""
 
 
 def expanded(using: Iterable[Any]) -> list[Any]:
