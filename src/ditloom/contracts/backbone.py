@@ -147,15 +147,24 @@ class Backbone(nn.Module):
         streams, context = self.embed(x, self.preset.time.native(t), memory)
         return self.head(self.run(streams, context), context)
 
-    def run(self, streams: Streams, context: Context) -> Streams:
-        """All blocks in order, long skips handed over, nothing attached."""
-        waiting: dict[int, Streams] = {}
-        sources = set(self.skips.values())
-        for i, block in enumerate(self.blocks):
+    def run(
+        self,
+        streams: Streams,
+        context: Context,
+        over: range | None = None,
+        waiting: dict[int, Streams] | None = None,
+    ) -> Streams:
+        """All blocks in order, or those at the flat positions `over`, long skips handed over, nothing attached.
+
+        waiting: what the sources of long skips gave, by flat position; those that run here add theirs.
+        """
+        blocks, skips, sources = list(self.blocks), self.skips, set(self.skips.values())
+        waiting = {} if waiting is None else waiting
+        for i in range(len(blocks)) if over is None else over:
             given = self.handed(i, context)
-            if i in self.skips:
-                given = {**given, "skip": waiting[self.skips[i]].tokens}
-            streams, _ = self.call(block, streams, context, None, given)
+            if i in skips:
+                given = {**given, "skip": waiting[skips[i]].tokens}
+            streams, _ = self.call(blocks[i], streams, context, None, given)
             if i in sources:
                 waiting[i] = streams
         return streams

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 Level = Literal["run", "blocks", "block", "attention"]
@@ -32,7 +33,7 @@ class Site:
     cost: int = 0
     rows: bool = False
 
-    @property
+    @cached_property
     def label(self) -> str:
         """How the site is written: attn(3), range(1,12), branch(uncond), output."""
         if self.span is not None:

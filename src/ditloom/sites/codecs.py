@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 
 def zip_map(fn: Callable[..., Any], *trees: Any) -> Any:
-    """`fn` over the tensors of equally built trees (a tensor, or a dict of streams)."""
-    return tree_map(fn, *trees)
+    """`fn` over the tensors of equally built trees: a tensor, or dicts and tuples of them."""
+    first = trees[0]
+    if isinstance(first, dict):
+        return {key: zip_map(fn, *(tree[key] for tree in trees)) for key in first}
+    if isinstance(first, tuple):
+        return tuple(zip_map(fn, *parts) for parts in zip(*trees, strict=True))
+    return fn(*trees)
 
 
 @dataclass(frozen=True)

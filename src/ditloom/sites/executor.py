@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from ditloom.sites.block_call import BlockCall
 from ditloom.sites.codecs import zip_map
 from ditloom.sites.edits import edited, edited_at
 from ditloom.sites.fingerprint import MadeOf, of_tokens
-from ditloom.sites.program import Placed, Planned, StepProgram
+from ditloom.sites.program import Placed, Planned, StepProgram, next_of
 from ditloom.sites.rules import Settled, is_costly, pairs
 from ditloom.sites.surface import Surface
 
@@ -35,7 +36,7 @@ class Forward:
     """
 
     surface: Surface
-    made_of: MadeOf
+    tokens: Tensor
 
     def __init__(
         self,
@@ -61,12 +62,12 @@ class Forward:
         context = added.ruled(streams.layout, context)
         self.added, self.rule, self.costly = added, context.rule, is_costly(context.rule)
         self.surface = self.run.surface_of(streams.layout)
-        if until is None and self.program.idle and not added.acts:
-            streams = backbone.run(streams, context)
-            self.macs = sum(map(self._block_macs, range(len(self.surface.costs))))
-        else:
-            self._prepare(streams, context)
-            streams = self._blocks(streams, context, until)
+        self.tokens = next(iter(streams.tokens.values()))
+        if added.fresh:
+            self.run.allow(added.bytes_needed(streams.layout, self.tokens))
+        for placed in self.program.taps.get(-1, ()):
+            self.deliver(placed, context.time)
+        streams = self._blocks(streams, context, until)
         self._account(until)
         return None if until is not None else backbone.head(streams, context)
 
@@ -75,34 +76,42 @@ class Forward:
         """Whether stored values may be used: not while the keys of a static segment are being computed."""
         return self.reuse and not self.added.fresh
 
-    def _prepare(self, streams: Streams, context: Context) -> None:
-        layout, tokens = streams.layout, next(iter(streams.tokens.values()))
-        if self.added.fresh:
-            self.run.allow(self.added.bytes_needed(layout, tokens))
-        if self.reuse:
-            branches = dict.fromkeys((*self.run.asked, *self.rows.branches))
-            self.made_of = self.run.made_of(branches, self.clock, layout, self.rows.samples, of_tokens(tokens))
-        for placed in self.program.taps.get(-1, ()):
-            self.deliver(placed, context.time)
+    @cached_property
+    def made_of(self) -> MadeOf:
+        """What is stored and used in this forward is made of."""
+        branches = dict.fromkeys((*self.run.asked, *self.rows.branches))
+        return self.run.made_of(branches, self.clock, self.surface.layout, self.rows.samples, of_tokens(self.tokens))
 
     def _blocks(self, streams: Streams, context: Context, until: int | None) -> Streams:
+        """All blocks up to the end, or up to and including `until`; what nothing is asked of runs as it is."""
         surface, position = self.surface, 0
-        while position < len(surface.index_at):
-            index = surface.index_at[position]
-            self._close(position, streams)
-            if index is not None:
-                self._enter(index, streams)
-                reused = self._ranges(index, streams, context)
-                if reused is not None:
-                    streams, position = reused
-                    continue
-            streams = self._call(position, index, streams, context)
-            if until is not None and index == until:
-                return streams
-            position += 1
+        end = len(surface.flat_blocks) if until is None else surface.flat[until] + 1
+        stops = next_of(range(end), end) if self.added.acts else self.program.stops(surface)
+        while position < end:
+            stop = min(stops[position], end)
+            if position < stop:
+                streams, position = self._plain(range(position, stop), streams, context), stop
+            else:
+                streams, position = self._stop(position, streams, context)
         self._close(position, streams)
         self._enter(surface.blocks, streams)
         return streams
+
+    def _plain(self, over: range, streams: Streams, context: Context) -> Streams:
+        """Blocks at which nothing is to do."""
+        self.macs += self._plain_macs(over)
+        return self.run.backbone.run(streams, context, over, self.waiting)
+
+    def _stop(self, position: int, streams: Streams, context: Context) -> tuple[Streams, int]:
+        """Something is to do at a position: the streams after it, and where they have come to."""
+        index = self.surface.index_at[position]
+        self._close(position, streams)
+        if index is not None:
+            self._enter(index, streams)
+            reused = self._ranges(index, streams, context)
+            if reused is not None:
+                return reused
+        return self._call(position, index, streams, context), position + 1
 
     def _enter(self, index: int, streams: Streams) -> None:
         """What enters block `index` is known: probes may look at it."""
@@ -144,7 +153,7 @@ class Forward:
             given = {**given, "skip": self._skip(backbone.skips[position])}
         if index is None or not (index in program.inner or index in program.taps or self.added.acts):
             streams, _ = backbone.call(block, streams, context, None, given)
-            self.macs += self._block_macs(position)
+            self.macs += self._plain_macs(range(position, position + 1))
         else:
             streams = self._acting(position, index, streams, context, given)
         if position in self.run.skip_sources:
@@ -248,10 +257,11 @@ class Forward:
         depth = planned.control.predictor.depth
         self.run.store.push(planned.place, self.rows, self.clock.step, value, depth, self.made_of)
 
-    def _block_macs(self, position: int) -> int:
-        """MACs per batch row of a block of which nothing is asked."""
-        plain = self.surface.block_totals[position]
-        return plain + sum(self.rule_macs(position).values()) if self.costly else plain
+    def _plain_macs(self, over: range) -> int:
+        """MACs per batch row of blocks of which nothing is asked."""
+        before = self.surface.totals_before
+        plain = before[over.stop] - before[over.start]
+        return plain + sum(sum(self.rule_macs(p).values()) for p in over) if self.costly else plain
 
     def rule_macs(self, position: int, extra: int = 0) -> dict[str, int]:
         """What an attention rule and `extra` appended keys add to a block's MACs, by site.
@@ -278,11 +288,11 @@ class Forward:
         if self.clock.purpose != "sample":
             return
         if until is None:
-            self.run.plain_macs = self._plain_macs()
+            self.run.plain_macs = self._macs_without_added()
             report.full_macs += self.run.plain_macs * self.rows.total
         self._passed(until)
 
-    def _plain_macs(self) -> int:
+    def _macs_without_added(self) -> int:
         """MACs per batch row of this forward without what handlers have added."""
         added, layout = {s.name for s in self.added.segments}, self.surface.layout
         if not added:

@@ -32,7 +32,6 @@ from ditloom.sites.segments import NOTHING_ADDED, AddedSegments, NothingAdded
 from ditloom.sites.store import Store
 from ditloom.sites.surface import Surface
 
-PASSIVE = StepProgram()
 Look = Callable[[Probe], Tensor]
 
 
@@ -75,6 +74,7 @@ class Run:
         self.skip_sources = frozenset(backbone.skips.values())
         self.blocks = sum(not b.is_transition for b in backbone.blocks)
         self.program: Program | None = None
+        self._passive = StepProgram()
         self.asked: tuple[str, ...] = tuple(self.conditions)
         self.earlier: dict[str, Tensor] = {}  # predictions of this step that were asked for apart, by branch
         self.seen_layout: Layout | None = None
@@ -94,7 +94,7 @@ class Run:
         """The predictions of the branches for x [B, ...] at the clock's time."""
         names = tuple(branches or self.conditions)
         if not self.handlers:
-            return self.forwards(x, clock, names, PASSIVE)
+            return self.forwards(x, clock, names, self._passive)
         program = self._programmed(x, clock, names)
         step = program.steps[clock.step]
         self.begin(clock, names)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ditloom.contracts.clock import Rows
 from ditloom.contracts.method import Predictor
+from ditloom.sites.codecs import zip_map
 from ditloom.sites.fingerprint import MadeOf
 
 Place = tuple[str, str]
@@ -28,14 +29,19 @@ class Entry:
     rows: Rows
     made_of: MadeOf
 
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of its tensors."""
+        return _bytes(self.whole)
+
     def part(self, branch: str) -> Any:
         """The rows of one branch, as a view."""
         at = self.rows.slice(branch)
-        return tree_map(lambda t: t[at], self.whole)
+        return zip_map(lambda t: t[at], self.whole)
 
     def alone(self, branch: str) -> Entry:
         """An entry of one branch only, with memory of its own."""
-        own = tree_map(torch.clone, self.part(branch))
+        own = zip_map(torch.clone, self.part(branch))
         return Entry(self.step, own, Rows((branch,), self.rows.samples), self.made_of)
 
 
@@ -48,7 +54,7 @@ class Store:
 
     def push(self, place: Place, rows: Rows, step: int, value: Any, depth: int, made_of: MadeOf) -> None:
         """Store a computed value for every branch in `rows`, keeping the last `depth` of each, one per step."""
-        entry = Entry(step, tree_map(_owned, value), rows, {b: made_of[b] for b in rows.branches})
+        entry = Entry(step, zip_map(_owned, value), rows, {b: made_of[b] for b in rows.branches})
         histories = self._entries.setdefault(place, {})
         for branch in rows.branches:
             history = histories.setdefault(branch, deque(maxlen=depth))
@@ -73,7 +79,7 @@ class Store:
             predictor([(e.step, e.part(b)) for e in history], step)
             for b, history in zip(rows.branches, histories, strict=True)
         ]
-        return tree_map(lambda *t: torch.cat(t), *parts)
+        return zip_map(lambda *t: torch.cat(t), *parts)
 
     def steps(self, place: Place, branch: str) -> list[int]:
         """The steps at which what is held for a branch was computed, oldest first."""
@@ -92,7 +98,7 @@ class Store:
         """Overwrite one branch's values with noise (to show that no other branch depends on them)."""
         for histories in self._entries.values():
             for i, e in enumerate(histories.get(branch, ())):
-                noise = tree_map(torch.randn_like, e.part(branch))
+                noise = zip_map(torch.randn_like, e.part(branch))
                 histories[branch][i] = Entry(e.step, noise, Rows((branch,), e.rows.samples), e.made_of)
 
     def clear(self) -> None:
@@ -105,8 +111,14 @@ class Store:
         """Bytes held, each tensor counted once."""
         if self._bytes is None:
             entries = {id(e): e for hs in self._entries.values() for history in hs.values() for e in history}
-            self._bytes = sum(t.nbytes for e in entries.values() for t in tree_leaves(e.whole))
+            self._bytes = sum(e.bytes for e in entries.values())
         return self._bytes
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(map(_bytes, value.values() if isinstance(value, dict) else value))
 
 
 def _owned(tensor: Tensor) -> Tensor:
