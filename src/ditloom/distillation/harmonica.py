@@ -13,16 +13,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ditloom.caches.routers import SCORES, Gates, computed, costs_of, threshold_of
+from ditloom.caches.routers import SCORES, Gates, costs_of
 from ditloom.contracts import rng
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.registry import register
 from ditloom.contracts.settings import positive
 from ditloom.distillation.lesson import Lesson
+from ditloom.distillation.price import Price
 from ditloom.distillation.setting import Setting
 
-MEMORY = 0.1
-"""Weight of the newest trajectory in the running mean of those prices."""
 TINY = 1e-15
 """Weighted errors are far below AdamW's usual epsilon on small models."""
 Note = Callable[[int, int, Mapping[str, float]], None]
@@ -36,9 +35,7 @@ class HarmoniCaTraining:
 
     trajectories: runs of `batch` samples each. rate: of AdamW (0.01 as published, for 20,000 steps; ours for some
     hundred). penalty: beta, the price of a computed sub-module (7e-8 as published for DiT-XL/2). target: instead, find
-    the penalty at which about this share of the sub-modules' MACs is worth its price (ours; 0 keeps the fixed one). The
-    error is about c (1 - score)^2, so that a score settles below the threshold where the penalty exceeds
-    2 c (1 - threshold): the quantile of that is the penalty.
+    the penalty at which about this share of the sub-modules' MACs is worth its price (ours; 0 keeps the fixed one).
     weigh_every: trajectories between two measurements of the weights.
     """
 
@@ -79,8 +76,7 @@ class _Lessons:
         surface, steps = self.setting.surface, self.setting.steps
         self.gates = Gates(steps, len(surface.submodules), self.how.threshold, range(1, steps), self.how.seed)
         self.optimiser = torch.optim.AdamW(self.gates.parameters(), lr=self.how.rate, weight_decay=0.0, eps=TINY)
-        self.costs, self.penalty = costs_of(surface), self.how.penalty
-        self.worth = torch.zeros(steps, len(surface.submodules))
+        self.price = Price(self.gates, costs_of(surface), self.how.penalty, self.how.target, self.how.threshold)
 
     def trajectory(self, number: int) -> None:
         """One run: learn at every step but the first."""
@@ -91,28 +87,14 @@ class _Lessons:
             error = (out - target).square().mean()
             self.optimiser.zero_grad(set_to_none=True)
             (self.weights[step] * error).backward()
-            self._price(step)
+            self.price.charge(step)
             self.optimiser.step()
             self.gates.clamp()
             losses.append(float(error.detach()))
 
         self._lesson(range(first, first + self.how.batch), teach)
-        self.loss, self.share = sum(losses) / max(len(losses), 1), self._share()
-        if self.how.target:
-            worth, left = self.worth.clone(), self.how.target
-            worth[0] = torch.inf
-            self.penalty = max(threshold_of(worth, left, self.costs), 0.0)
-
-    @torch.no_grad()
-    def _price(self, step: int) -> None:
-        """Add the gradient of beta * sum(scores) to that of the error, and note the price at which each is given up."""
-        row = self.gates.logits[step]
-        assert row.grad is not None
-        score = row.sigmoid()
-        slope = score * (1 - score)
-        price = -row.grad / slope / (1 - score) * (1 - self.how.threshold)
-        self.worth[step].lerp_(price, MEMORY if self.worth[step].any() else 1.0)
-        row.grad.add_(slope, alpha=self.penalty)
+        self.loss, self.share = sum(losses) / max(len(losses), 1), self.price.share()
+        self.price.settle()
 
     @torch.no_grad()
     def weigh(self) -> None:
@@ -149,7 +131,3 @@ class _Lessons:
     def _conditions(self, indices: Sequence[int]) -> dict[str, Condition]:
         chosen = rng.integers(len(self.setting.inputs), (1,), self.how.seed, "inputs", indices)[:, 0].tolist()
         return self.setting.conditions([self.setting.inputs[i] for i in chosen])
-
-    def _share(self) -> float:
-        mask = computed(self.gates.scores.detach(), self.how.threshold)
-        return float((mask * self.costs).sum() / (self.costs.sum() * len(mask)))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditloom.caches.routers import SCORES, Gates
+from ditloom.caches.routers import SCORES, Gates, costs_of
 from ditloom.contracts import rng
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.errors import UserError
@@ -22,6 +22,7 @@ from ditloom.contracts.settings import positive, registered
 from ditloom.data.batches import Batches
 from ditloom.distillation.harmonica import TINY, Note
 from ditloom.distillation.lesson import Lesson
+from ditloom.distillation.price import Price
 from ditloom.distillation.setting import Setting
 from ditloom.samplers.guidance.none import NoGuidance
 from ditloom.training.draws import dropped
@@ -35,14 +36,16 @@ class LearningToCacheTraining:
     """How the routers are trained.
 
     iterations: batches of `batch` pictures, each for one pair of steps. rate: of AdamW. penalty: the price of one
-    computed sub-module (1e-6 to 5e-6 as published). data: a data source; by default the model's own. drop: share of
-    conditions replaced by none.
+    computed sub-module (1e-6 to 5e-6 as published). target: instead, find the penalty at which about this share of the
+    sub-modules' MACs, full steps included, is worth its price (ours; 0 keeps the fixed one). data: a data source; by
+    default the model's own. drop: share of conditions replaced by none.
     """
 
     iterations: int = 1_000
     batch: int = 16
     rate: float = 0.1
     penalty: float = 5e-6
+    target: float = 0.0
     threshold: float = 0.1
     drop: float = 0.1
     data: str = ""
@@ -50,6 +53,8 @@ class LearningToCacheTraining:
 
     def __post_init__(self) -> None:
         positive(iterations=self.iterations, batch=self.batch, rate=self.rate)
+        if self.target and not 0.5 < self.target < 1:
+            raise UserError(f"every second step is computed, so target is a share in 0.5..1, or 0; got {self.target}")
 
     def train(self, setting: Setting, note: Note = lambda *_: None) -> dict[str, Tensor]:
         """The scores [S, sites] of a model in a setting; 1 on every full step."""
@@ -57,12 +62,14 @@ class LearningToCacheTraining:
             raise UserError(f"learning-to-cache takes steps in pairs: the number of steps is even; got {setting.steps}")
         gates = Gates(setting.steps, len(setting.surface.submodules), 1.0, range(1, setting.steps, 2), self.seed)
         optimiser = torch.optim.AdamW(gates.parameters(), lr=self.rate, weight_decay=0.0, eps=TINY)
+        price = Price(gates, costs_of(setting.surface), self.penalty, self.target, self.threshold)
         errors: list[float] = []
 
         def teach(step: int, out: Tensor, target: Tensor) -> None:
             error = (out - target).square().mean()
             optimiser.zero_grad(set_to_none=True)
-            (error + self.penalty * gates.logits[step].sigmoid().sum()).backward()
+            error.backward()
+            price.charge(step)
             optimiser.step()
             gates.clamp()
             errors.append(float(error.detach()))
@@ -72,8 +79,8 @@ class LearningToCacheTraining:
             lesson = self._lesson(setting, gates, condition, indices)
             lesson.teach, lesson.lessons = teach, frozenset({2 * pair + 1})
             two_steps(lesson, setting, x0, 2 * pair)
-            kept = float((gates.scores.detach() > self.threshold).float().mean())
-            note(number + 1, self.iterations, {"loss": errors[-1], "computed": kept})
+            price.settle()
+            note(number + 1, self.iterations, {"loss": errors[-1], "computed": price.share()})
         return {SCORES: gates.scores.detach()}
 
     def _lesson(self, setting: Setting, gates: Gates, condition: Condition, indices: list[int]) -> Lesson:
