@@ -35,8 +35,8 @@ class DBCache(Guards, Method):
     """Reuse ``R = h_{L-B} - h_F`` while ``relL1(r, r*) < threshold``, with r = h_F - h_0 and r* its last computed one.
 
     first, last: F and B, the blocks that always run. threshold: 0 never reuses, 1 and above always. predictor: how R
-    is carried on (hold, taylor:order=1, newton:order=1). max_accumulated: compute once the differences of a run add up
-    to it (0: no limit). Defaults are those of cache-dit for FLUX (57 blocks): F8B0, 8 steps of warm-up, 0.08.
+    is carried on (hold, taylor:order=1, newton:order=1, foca, dmd). max_accumulated: compute once the differences of a
+    run add up to it (0: no limit). Defaults are those of cache-dit for FLUX (57 blocks): F8B0, 8 steps of warm-up, 0.08.
     """
 
     first: int = 8

@@ -26,7 +26,7 @@ class FBCache(Guards, Method):
 
     r* is that of the last step on which all blocks were computed, so that slow drift adds up until it shows.
     threshold: 0.08 for FLUX, 0.06 for HunyuanVideo; quantised models need more; 0 never reuses. predictor: how R is
-    carried on (hold, taylor:order=2). channels: compare every k-th channel only.
+    carried on (hold, taylor:order=2, foca, dmd). channels: compare every k-th channel only.
     """
 
     threshold: float = 0.08
