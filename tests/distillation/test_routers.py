@@ -133,3 +133,5 @@ def test_what_is_refused(setting: Setting) -> None:
         LearningToCacheTraining().train(setting)
     with pytest.raises(UserError, match="above 0"):
         HarmoniCaTraining(trajectories=0)
+    with pytest.raises(UserError, match=r"a share in 0\.5\.\.1"):
+        LearningToCacheTraining(target=0.4)
