@@ -36,7 +36,7 @@ class DBCache(Guards, Method):
 
     first, last: F and B, the blocks that always run. threshold: 0 never reuses, 1 and above always. predictor: how R
     is carried on (hold, taylor:order=1, newton:order=1, foca, dmd). max_accumulated: compute once the differences of a
-    run add up to it (0: no limit). Defaults are those of cache-dit for FLUX (57 blocks): F8B0, 8 steps of warm-up, 0.08.
+    run add up to it (0: no limit). Defaults are cache-dit's for FLUX (57 blocks): F8B0, 8 steps of warm-up, 0.08.
     """
 
     first: int = 8
@@ -77,10 +77,11 @@ class FirstBlocks(Deciding):
     ):
         span = between(surface, type(guards).__registration__.name, first, last, "dbcache")
         super().__init__(guards, [span], threshold, predictor(forecast))
-        self.first, self.most, self.channels = first, most, channels
+        self.most, self.channels = most, channels
+        self.looks = (Probe("residual", span=(0, first)),)
 
     def probes(self, site: Site) -> Sequence[Probe]:
-        return (Probe("residual", span=(0, self.first)),)
+        return self.looks
 
     def verdict(self, clock: Clock, memo: Mapping[str, Any]) -> Action | None:
         full = self.most and sum(d.difference for d in memo.get("measured", ())) >= self.most
