@@ -18,7 +18,7 @@ import yaml
 from ditloom.contracts import registries
 from ditloom.contracts.backbone import on_paper
 from ditloom.contracts.registry import Registry
-from ditloom.model import family_presets, presets
+from ditloom.presets import family_presets, presets
 
 HERE = Path(__file__).parent
 SECTIONS = {

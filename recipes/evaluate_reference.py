@@ -25,6 +25,7 @@ from ditloom.contracts.metric import Measurement
 from ditloom.data.emoji import Emoji
 from ditloom.data.fashion_mnist import CLASSES, FashionMnist
 from ditloom.data.fetch import cache_folder
+from ditloom.loading import load
 from ditloom.measure.accuracy import Accuracy
 from ditloom.measure.contact_sheet import Sheet, beside, contact_sheet, save_png
 from ditloom.measure.drawing import Sampling
@@ -35,7 +36,7 @@ from ditloom.measure.frechet import Frechet
 from ditloom.measure.kernel_distance import KernelDistance
 from ditloom.measure.memorisation import Memorisation, nearest_training
 from ditloom.measure.retrieval import Retrieval
-from ditloom.model import Model, load
+from ditloom.model import Model
 
 ROOT = Path(__file__).parents[1]
 

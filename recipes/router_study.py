@@ -22,8 +22,9 @@ from ditloom.contracts.registries import TRAININGS
 from ditloom.contracts.settings import registered
 from ditloom.data.fashion_mnist import CLASSES
 from ditloom.distillation.setting import Setting
+from ditloom.loading import load
 from ditloom.measure.fidelity import latent_psnr
-from ditloom.model import Input, Model, load
+from ditloom.model import Input, Model
 
 SEED = 5
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from ditloom.caches.skip_dit import SkipCache
 from ditloom.caches.static import Reuse, StaticCache
 from ditloom.contracts.method import Codec, Handler
+from ditloom.loading import load
 from ditloom.measure.fidelity import latent_psnr
-from ditloom.model import Model, load
+from ditloom.model import Model
 from ditloom.sites.codecs import DELTA, VALUE
 
 SEED = 5

@@ -7,15 +7,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ditloom.adapters.using import using
     from ditloom.contracts.condition import Condition
+    from ditloom.loading import load
     from ditloom.measure.comparison import compare
-    from ditloom.model import Model, build, load
+    from ditloom.model import Model
+    from ditloom.presets import build
 
 __version__ = "0.1.0"
 __all__ = ["Condition", "Model", "build", "compare", "load", "using"]
 
-_HOMES = dict.fromkeys(("Model", "build", "load"), "ditloom.model")
-_HOMES["using"] = "ditloom.adapters.using"
-_HOMES |= {"Condition": "ditloom.contracts.condition", "compare": "ditloom.measure.comparison"}
+_HOMES = {
+    "Condition": "ditloom.contracts.condition",
+    "Model": "ditloom.model",
+    "build": "ditloom.presets",
+    "compare": "ditloom.measure.comparison",
+    "load": "ditloom.loading",
+    "using": "ditloom.adapters.using",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ditloom.caches.presets import expanded
 from ditloom.calibration import Circumstances, find
-from ditloom.contracts.backbone import Backbone, BackboneConfig
+from ditloom.contracts.backbone import Backbone
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.conditioner import Conditioner
-from ditloom.contracts.errors import UnknownName, UserError
+from ditloom.contracts.errors import UserError
 from ditloom.contracts.latent import LatentSpace
 from ditloom.contracts.method import Assets, Handler, Learned, Method
 from ditloom.contracts.process import Process
-from ditloom.contracts.registries import BACKBONES, CONDITIONERS, GUIDANCE, LATENTS, METHODS, PROCESSES, SAMPLERS
+from ditloom.contracts.registries import GUIDANCE, METHODS, SAMPLERS
 from ditloom.contracts.sampler import Step
 from ditloom.contracts.settings import registered
 from ditloom.samplers.drawing import Drawing
@@ -35,7 +32,6 @@ from ditloom.sites.surface import Surface
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BUNDLED = files("ditloom") / "assets" / "models"
 DEFAULTS = {"sampler": "euler", "steps": 30, "guidance": "cfg:scale=3.0", "size": None}
 Using = Sequence[str | Method | Handler]
 Input = str | int | None
@@ -274,12 +270,12 @@ class Model:
             raise UserError(f"cannot write the model to {folder}: {error.strerror or error}") from error
         return folder
 
-    def _parts(self) -> dict[str, nn.Module]:
+    def parts(self) -> dict[str, nn.Module]:
         parts = {"backbone": self.backbone, "latents": self.latents, "conditioner": self.conditioner}
         return {k: v for k, v in parts.items() if not getattr(v, "ships_apart", False)}
 
     def _state(self) -> dict[str, Tensor]:
-        return {f"{name}.{k}": v for name, part in self._parts().items() for k, v in part.state_dict().items()}
+        return {f"{name}.{k}": v for name, part in self.parts().items() for k, v in part.state_dict().items()}
 
 
 def _component(part: Any) -> dict[str, Any]:
@@ -289,71 +285,6 @@ def _component(part: Any) -> dict[str, Any]:
 def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     tensor = tensor.detach().cpu().contiguous()
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-
-def names() -> list[str]:
-    """The bundled models."""
-    return sorted(p.name for p in BUNDLED.iterdir() if (p / "config.json").is_file()) if BUNDLED.is_dir() else []
-
-
-def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
-    """A model by bundled name, folder, or hub id (``owner/name``)."""
-    folder = _locate(str(name))
-    config = _read_config(folder)
-    with torch.random.fork_rng(devices=[]):
-        model = assemble(config)
-    _load_weights(model, folder)
-    model.folder = folder
-    model.backbone.eval().requires_grad_(False)
-    return model.to(device, dtype)
-
-
-def assemble(config: Mapping[str, Any]) -> Model:
-    """The model that a config.json describes, with fresh weights."""
-    backbone = backbone_config(config["backbone"]).build()
-    latents = _build(LATENTS, config["latents"])
-    conditioner = _build(CONDITIONERS, config["conditioner"])
-    process = registered(PROCESSES, config["process"])
-    sampling, info = dict(config.get("sampling", {})), dict(config.get("info", {}))
-    return Model(backbone, process, latents, conditioner, sampling, info)
-
-
-def _build(registry: Any, config: Mapping[str, Any]) -> Any:
-    settings = {k: v for k, v in config.items() if k != "name"}
-    return registry.get(config["name"])(**settings)
-
-
-def backbone_config(values: Mapping[str, Any]) -> BackboneConfig:
-    """A backbone configuration from plain values with a "family"."""
-    return config_class(values["family"]).from_dict(values)
-
-
-def config_class(family: str) -> type[BackboneConfig]:
-    """The settings class of a family, by registry name."""
-    return type(next(iter(family_presets(BACKBONES.get(family)).values())))
-
-
-def family_presets(family: type[Backbone]) -> Mapping[str, BackboneConfig]:
-    """The published sizes of a family: `PRESETS` of its file."""
-    return sys.modules[family.__module__].PRESETS
-
-
-def presets() -> dict[str, BackboneConfig]:
-    """Every published preset by name."""
-    found: dict[str, BackboneConfig] = {}
-    for family in BACKBONES.names():
-        found |= family_presets(BACKBONES.get(family))
-    return found
-
-
-def build(name: str, **changes: Any) -> Backbone:
-    """A freshly initialised backbone by its published name, with settings changed: build("DiT-S/2", image_size=16)."""
-    known = presets()
-    by_fold = {k.casefold(): k for k in known}
-    if name.casefold() not in by_fold:
-        raise UnknownName("backbone", name, known)
-    preset = known[by_fold[name.casefold()]]
-    return type(preset).from_dict({**preset.to_dict(), **changes}).build()
 
 
 @contextmanager
@@ -369,60 +300,3 @@ def using(target: Any, *methods: str | Method | Handler) -> Iterator[Any]:
         yield target
     finally:
         target.attached[:] = before
-
-
-def _locate(name: str) -> Path:
-    bundled = BUNDLED / name
-    if "/" not in name and (bundled / "config.json").is_file():
-        return Path(str(bundled))
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    if folder.exists():
-        raise UserError(f"{name} is not a model folder: it holds no config.json")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _from_hub(name)
-    raise UnknownName("model", name, names())
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["config.json", "model.safetensors", "recipe.json"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:
-        raise UserError(f"cannot get the model {name!r} from the hub: {type(error).__name__}") from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/config.json cannot be read: {error}") from error
-    missing = {"backbone", "process", "latents", "conditioner"} - config.keys()
-    if missing:
-        raise UserError(f"{folder}/config.json lacks {', '.join(sorted(missing))}")
-    return config
-
-
-def _load_weights(model: Model, folder: Path) -> None:
-    try:
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}/model.safetensors cannot be read: {error}") from error
-    for name, part in model._parts().items():
-        own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-        check_state(part.state_dict(), own, f"{folder.name}: {name}")
-        part.load_state_dict({k: v.to(part.state_dict()[k].dtype) for k, v in own.items()}, strict=True)
-
-
-def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
-    """One sentence naming missing, unknown and mis-shaped tensors, if there are any."""
-    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
-    shapes = [k for k in expected.keys() & given.keys() if expected[k].shape != given[k].shape]
-    wrong = [f"{k} is {list(given[k].shape)}, expected {list(expected[k].shape)}" for k in sorted(shapes)]
-    labelled = (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
-    parts = [f"{label}: {', '.join(items[:4])}{' ...' if len(items) > 4 else ''}" for label, items in labelled if items]
-    if parts:
-        raise UserError(f"{what} does not fit its configuration ({'; '.join(parts)})")

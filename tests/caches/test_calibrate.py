@@ -19,8 +19,9 @@ from ditloom.contracts.errors import UserError
 from ditloom.contracts.method import Assets
 from ditloom.contracts.registries import GUIDANCE, SAMPLERS
 from ditloom.contracts.settings import registered
+from ditloom.loading import load
 from ditloom.measure.calibrate import calibrate, calibrated_methods, chosen, flat_part
-from ditloom.model import Model, load, using
+from ditloom.model import Model, using
 from tests.cli.tiny import tiny
 
 STEPS = 8

@@ -169,7 +169,7 @@ def test_refusals() -> None:
 @pytest.mark.slow
 def test_early_skips_change_the_structure_and_late_ones_do_not() -> None:
     """As many steps left out early and late, on the fashion model: the low frequencies of the result."""
-    from ditloom.model import load
+    from ditloom.loading import load
 
     model = load("fashion")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditloom.model import load
+from ditloom.loading import load
 from tests.cli.tiny import CLASSES, tiny
 
 

@@ -12,7 +12,8 @@ from ditloom.contracts import registry
 from ditloom.contracts.method import Method, Touch
 from ditloom.contracts.registries import DATA, METHODS
 from ditloom.contracts.registry import register
-from ditloom.model import build, names, presets
+from ditloom.loading import names
+from ditloom.presets import build, presets
 
 MODEL_KEYS = {"name", "family", "parameters", "macs", "tokens", "paper", "weights"}
 METHOD_KEYS = {"key", "family", "paper", "touches", "status", "parameters"}

@@ -12,7 +12,7 @@ from PIL import Image
 from ditloom.cli.overrides import overridden
 from ditloom.contracts.errors import UserError
 from ditloom.hub.checkpoint import load_foreign
-from ditloom.model import load
+from ditloom.loading import load
 from tests.cli.tiny import tiny
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ditloom.model import Model, assemble
+from ditloom.loading import assemble
+from ditloom.model import Model
 
 CLASSES = ("ant", "bee", "ankle boot")
 

@@ -122,7 +122,7 @@ def test_pictures_are_those_of_the_model_in_order():
 
 
 def test_a_real_model_draws_the_same_pictures_in_any_batches():
-    from ditloom.model import assemble
+    from ditloom.loading import assemble
 
     config = {
         "backbone": {**DIT, "family": "dit", "learn_sigma": False},

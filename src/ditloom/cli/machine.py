@@ -104,7 +104,7 @@ def model_speed(
     device: str, dtype: torch.dtype, seconds: float, name: str = "DiT-S/2", batch: int = 4
 ) -> dict[str, Any]:
     """Images a second of a forward of a published backbone, and the operations a second that takes."""
-    from ditloom.model import build
+    from ditloom.presets import build
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

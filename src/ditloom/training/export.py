@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ditloom.contracts.errors import UnknownName, UserError
-from ditloom.model import Model, assemble, check_state
+from ditloom.loading import assemble, check_state
+from ditloom.model import Model
 from ditloom.training import checkpoint
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ditloom import model as models
 from ditloom.contracts import rng
 from ditloom.contracts.backbone import Backbone
 from ditloom.contracts.data import DataSource
@@ -19,6 +18,8 @@ from ditloom.contracts.registries import DATA
 from ditloom.contracts.settings import named, parse, registered
 from ditloom.data.augment import Augment
 from ditloom.data.batches import Batches
+from ditloom.loading import assemble, check_state, load
+from ditloom.model import Model
 from ditloom.processes.times import TIMES, time_sampler
 from ditloom.training.config import Spec, TrainConfig, plain, read_settings, read_yaml
 from ditloom.training.draws import Draws
@@ -58,9 +59,7 @@ class DataConfig:
     on_error: str = "refuse"
     store: str | None = None
 
-    def feed(
-        self, config: TrainConfig, world: World, source: DataSource, model: models.Model, told: str | None
-    ) -> Feed:
+    def feed(self, config: TrainConfig, world: World, source: DataSource, model: Model, told: str | None) -> Feed:
         """What one process learns from."""
         if self.store is None:
             return ImageFeed(self.batches(config, world, source), model.latents, model.conditioner, told)
@@ -155,14 +154,14 @@ class Recipe:
         """The data source."""
         return registered(DATA, self.data.source)
 
-    def build_model(self, source: DataSource) -> models.Model:
+    def build_model(self, source: DataSource) -> Model:
         """The model with fresh weights, which follow from the seed, or with those it starts from."""
         config = resolved(self.model, source, self.data.size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.key(self.train.seed, "init"))
-            model = models.assemble(config)
+            model = assemble(config)
         if self.start is not None:
-            begin_from(model.backbone, models.load(self.start).backbone, self.start)
+            begin_from(model.backbone, load(self.start).backbone, self.start)
         return model
 
     def trainer(
@@ -171,7 +170,7 @@ class Recipe:
         world: World | None = None,
         *,
         progress: Callable[..., Progress] = Progress,
-    ) -> tuple[Trainer, models.Model]:
+    ) -> tuple[Trainer, Model]:
         """Everything built and ready to train; the model's backbone is the network that learns."""
         world, config = world or World(), self.train
         source = self.source()
@@ -186,13 +185,13 @@ class Recipe:
         trainer = Trainer(learner, draws, feed, config, Path(run), sample=grid, state=state, progress=progress)
         return trainer, model
 
-    def told(self, model: models.Model) -> str | None:
+    def told(self, model: Model) -> str | None:
         """What the conditioner hears of each example."""
         if self.data.told is not None:
             return None if self.data.told == "nothing" else self.data.told
         return TOLD.get(type(model.conditioner).__registration__.name, "caption")
 
-    def grid(self, model: models.Model, source: DataSource, told: str | None) -> SampleGrid:
+    def grid(self, model: Model, source: DataSource, told: str | None) -> SampleGrid:
         """The sample grid of this recipe."""
         settings = {k: getattr(self.samples, k) for k in ("steps", "guidance", "sampler", "seed")}
         inputs = list(self.samples.inputs) or default_inputs(source, told, self.samples.count)
@@ -202,7 +201,7 @@ class Recipe:
 def begin_from(network: Backbone, other: Backbone, name: str) -> None:
     """Give a network the weights of another; what does not fit is named."""
     state = network.grown_from(other)
-    models.check_state(network.state_dict(), state, f"starting from {name}: the backbone")
+    check_state(network.state_dict(), state, f"starting from {name}: the backbone")
     network.load_state_dict(dict(state), strict=True)
 
 

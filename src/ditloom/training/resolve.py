@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from ditloom import model as models
 from ditloom.contracts.data import DataSource
 from ditloom.contracts.errors import UnknownName, UserError
 from ditloom.contracts.registries import CONDITIONERS, LATENTS
 from ditloom.contracts.settings import parse
+from ditloom.presets import config_class, presets
 from ditloom.training.config import Spec
 
 PARTS = ("backbone", "process", "latents", "conditioner", "sampling", "info")
@@ -42,14 +42,14 @@ def family_of(spec: Spec) -> tuple[Any, dict[str, Any]]:
     """The configuration class of a backbone given by published name or family, and the values it starts from."""
     name = spec if isinstance(spec, str) else spec.get("preset")
     if name is not None:
-        known = models.presets()
+        known = presets()
         found = {key.casefold(): value for key, value in known.items()}.get(str(name).casefold())
         if found is None:
             raise UnknownName("backbone", str(name), known)
         return type(found), found.to_dict()
     if isinstance(spec, str) or "family" not in spec:
         raise UserError("a backbone needs a 'family' or a 'preset'")
-    return models.config_class(spec["family"]), {}
+    return config_class(spec["family"]), {}
 
 
 def fitted(config: Mapping[str, Any], source: DataSource, size: int | None) -> dict[str, Any]:

@@ -69,8 +69,8 @@ class Calibrate(Command):
 
     def run(self) -> Answer:
         from ditloom.calibration import Circumstances, keep
+        from ditloom.loading import load
         from ditloom.measure.calibrate import chosen
-        from ditloom.model import load
 
         if self.count < 1 or self.batch_size < 1:
             raise UserError(f"--count and --batch-size are at least 1; got {self.count} and {self.batch_size}")

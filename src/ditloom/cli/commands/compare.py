@@ -147,7 +147,7 @@ class Compare(Command):
                 check_spec(registry, spec)
 
     def _model(self) -> Model:
-        from ditloom.model import load
+        from ditloom.loading import load
 
         return load(self.model, dtype=dtype_of(self.dtype), device=device_of(self.device))
 

@@ -76,12 +76,12 @@ class Convert(Command):
                 FORMATS.get(name)
 
     def _model(self) -> Model:
-        from ditloom import model as models
+        from ditloom.loading import load, names
         from ditloom.training.checkpoint import folders
         from ditloom.training.export import exported
 
-        if str(self.source) in models.names() or _is_model(self.source):
-            return models.load(self.source)
+        if str(self.source) in names() or _is_model(self.source):
+            return load(self.source)
         if folders(self.source):
             return exported(self.source, self.average)
         return self._foreign()
@@ -122,7 +122,7 @@ def config_of(spec: str) -> BackboneConfig:
     """ "DiT-S/2:image_size=16" or "dit:depth=12,heads=6" to a configuration."""
     from ditloom.contracts.registries import BACKBONES
     from ditloom.contracts.settings import parse
-    from ditloom.model import backbone_config, presets
+    from ditloom.presets import backbone_config, presets
 
     name, changes = parse(spec)
     if name in BACKBONES.names():

@@ -72,7 +72,7 @@ class Estimate(Command):
         from ditloom.cli.commands.train import recipe_of
         from ditloom.contracts.registries import PROCESSES
         from ditloom.contracts.settings import registered
-        from ditloom.model import backbone_config
+        from ditloom.presets import backbone_config
         from ditloom.training.estimate import estimate
         from ditloom.training.resolve import resolved
 
@@ -90,7 +90,7 @@ class Estimate(Command):
     def _drawing(self, device: str) -> Any:
         from ditloom.cli.bulk import Order
         from ditloom.cli.generate_estimate import estimate_generate
-        from ditloom.model import load
+        from ditloom.loading import load
 
         model = load(str(self.model), dtype=dtype_of(self.dtype), device=device)
         settings = settings_of(

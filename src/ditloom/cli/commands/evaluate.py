@@ -65,8 +65,8 @@ class Evaluate(Command):
     """the folder to write; unless given, runs/evaluate- and the model's name"""
 
     def run(self) -> Answer:
+        from ditloom.loading import load
         from ditloom.measure.evidence import Real
-        from ditloom.model import load
 
         self._check_names()
         model = load(self.model)

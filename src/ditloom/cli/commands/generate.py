@@ -104,7 +104,7 @@ class Generate(Command):
         return self._answer(folder, order, record, work, mine)
 
     def _model(self) -> Model:
-        from ditloom.model import load
+        from ditloom.loading import load
 
         dtype, device = dtype_of(self.dtype), device_of(self.device, share().local_rank)
         model = load(self.model, dtype=dtype, device=device)

@@ -43,12 +43,13 @@ class Models(Command):
         return Answer(found, [table(columns, rows, right=NUMBERS)])
 
     def _rows(self) -> list[dict[str, Any]]:
-        from ditloom import model as models
+        from ditloom.loading import BUNDLED, names
+        from ditloom.presets import presets
 
-        bundled, presets = models.names(), models.presets()
-        wanted = chosen(self.name, [*bundled, *presets], "model")
+        bundled, published = names(), presets()
+        wanted = chosen(self.name, [*bundled, *published], "model")
         return [
-            folder_row(Path(str(models.BUNDLED / name)), name) if name in bundled else preset_row(name, presets[name])
+            folder_row(Path(str(BUNDLED / name)), name) if name in bundled else preset_row(name, published[name])
             for name in wanted
         ]
 
@@ -60,7 +61,7 @@ def preset_row(name: str, config: BackboneConfig) -> dict[str, Any]:
 
 def folder_row(folder: Path, name: str | None = None) -> dict[str, Any]:
     """A model folder, from its config.json alone."""
-    from ditloom.model import backbone_config
+    from ditloom.presets import backbone_config
 
     values: Mapping[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     info = values.get("info", {})
