@@ -92,6 +92,7 @@ def test_gradients_reach_every_parameter(name: str, backbone: Backbone) -> None:
     without = {n for n, p in backbone.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)}
     assert without == OF[name].dead.get(name, frozenset())
     assert {n for n, p in backbone.named_parameters() if p.grad is None} == OF[name].unread.get(name, frozenset())
+    assert backbone.unread == (name in OF[name].unread)
 
 
 def test_checkpointing_changes_no_gradient(backbone: Backbone) -> None:

@@ -242,6 +242,10 @@ class DiMSUM(Backbone):
         self.final_layer = Head(width, config.patch, config.channels)
         self.initialise()
 
+    @property
+    def unread(self) -> bool:
+        return not self.preset.initial_state  # what the scans project for it all the same
+
     def _blocks(self) -> list[Block]:
         found: list[Block] = []
         for index in range(self.preset.depth):

@@ -160,6 +160,10 @@ class DiTAir(Backbone):
         self.final_layer = Head(width, config.patch, config.channels)
         self.initialise()
 
+    @property
+    def unread(self) -> bool:
+        return self.preset.dual  # the text that leaves the last block
+
     def _blocks(self) -> list[nn.Module]:
         c = self.preset
         if c.dual:

@@ -182,6 +182,11 @@ class Backbone(nn.Module):
         return block(streams, context, plan, given)
 
     @property
+    def unread(self) -> bool:
+        """Whether it has parameters, as published, whose output nothing reads: data parallelism must look for them."""
+        return False
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the computation (that of the parameters)."""
         return next(self.parameters()).dtype

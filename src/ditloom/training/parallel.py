@@ -47,6 +47,7 @@ class Replicated(Alone):
     def __init__(self, step: TrainStep, world: World, compute: torch.dtype):
         super().__init__(step, world, compute)
         partly = len(step.phases) > 1 or any(True for _ in step.objectives.parameters())
+        partly |= any(network.unread for network in step.networks.values())
         self.ddp = DistributedDataParallel(step, gradient_as_bucket_view=True, find_unused_parameters=partly)
         self.module = self.ddp
         self.once = compute == torch.float32
