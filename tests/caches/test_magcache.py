@@ -9,6 +9,7 @@ from ditloom.caches.magcache import FLUX, MagCache, nearest, reused_steps
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.method import Assets
 from ditloom.contracts.plan import Action
+from tests.caches import acting
 from tests.caches.deciding import LAYOUTS, ByHand, drawn, reused, waits
 from tests.caches.test_guards import schedule
 from tests.sites import toys
@@ -50,6 +51,22 @@ def test_golden_flux(threshold: float, most: int, computed: list[int]) -> None:
     """Steps that diffusers 0.42.1 (MagCache hook) computed on a tiny FLUX: 28 steps, its table, 20 % retained."""
     settings = MagCache(threshold=threshold, max_consecutive=most, ratios="flux")
     assert [s for s, r in enumerate(reused_steps(settings, FLUX, schedule(28))) if not r] == computed
+
+
+@pytest.mark.parametrize(
+    "steps, computed",
+    [
+        (28, [0, 1, 2, 5, 9, 11, 17, 23, 26]),
+        (50, [0, 1, 2, 3, 4, 6, 9, 13, 17, 20, 26, 32, 38, 44, 47]),
+        (20, [0, 1, 4, 8, 14, 19]),
+    ],
+)
+def test_golden_flux_of_the_original(steps: int, computed: list[int]) -> None:
+    """The rule of Zehong-Ma/MagCache at 1a66b6d2 with its settings for FLUX, which always compute entry 11 of 28."""
+    spec = "magcache:ratios=flux,threshold=0.24,max_consecutive=5,warmup=0.1,interpolate=True,always=(11,)"
+    model = toys.make("dit")
+    plan = acting.bound(spec, model).plan(schedule(steps), acting.surface_of(model))
+    assert [s for s, actions in enumerate(plan) if not actions] == computed
 
 
 def test_equal_magnitudes_skip_all_they_may() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ditloom.caches.amounts import at_least
 from ditloom.caches.guards import Amount, Guards
 from ditloom.caches.predictors import predictor
 from ditloom.caches.trace import Trace
@@ -26,6 +28,7 @@ FLUX = (
 )
 """gamma of FLUX.1-dev for 28 steps, as published by Zehong-Ma/MagCache."""
 RATIO = "ratio"
+Entry = TypeVar("Entry")
 
 
 @register(
@@ -41,8 +44,9 @@ class MagCache(Guards, Calibrated):
     gamma_s = mean over tokens of ``|R_s| / |R_{s-1}|``, from `ditloom calibrate` (or ratios="flux", or numbers). From
     the share `warmup` of the steps on, product and sum run since the last computed step, at most `max_consecutive`
     steps are reused in a row. interpolate: a table of another number of steps may be used, its nearest entries.
-    Defaults are those of diffusers: 0.06, 3 in a row, the first 20 % computed. The table needs no tensor and holds for
-    all prompts, so the whole decision is a plan.
+    always: entries of the table whose steps are computed whatever they say. Defaults are those of diffusers: 0.06, 3 in
+    a row, the first 20 % computed; the original's for FLUX are threshold=0.24, max_consecutive=5, warmup=0.1 and
+    always=(11,). The table needs no tensor and holds for all prompts, so the whole decision is a plan.
     """
 
     threshold: float = 0.06
@@ -50,11 +54,13 @@ class MagCache(Guards, Calibrated):
     warmup: Amount = 0.2
     ratios: str | tuple[float, ...] = ()
     interpolate: bool = False
+    always: tuple[int, ...] = ()
     predictor: str = "hold"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         predictor(self.predictor)
+        at_least(0, **{f"always[{i}]": entry for i, entry in enumerate(self.always)})
         if isinstance(self.ratios, str) and self.ratios not in ("", "flux"):
             raise UserError(f"ratios are numbers or 'flux'; got {self.ratios!r}")
 
@@ -113,30 +119,33 @@ class Magnitudes(Handler):
                 f"magcache has a table of {len(self.ratios)} steps and this run has {steps}: calibrate for {steps} "
                 "steps, or allow its nearest entries with interpolate=True"
             )
-        mask = reused_steps(self.settings, nearest(self.ratios, steps), schedule)
+        kept = {s for s, entry in enumerate(nearest(range(len(self.ratios)), steps)) if entry in self.settings.always}
+        mask = reused_steps(self.settings, nearest(self.ratios, steps), schedule, kept)
         return [{site: Action.REUSE} if reuse else {} for reuse in mask]
 
 
-def reused_steps(settings: MagCache, ratios: Sequence[float], schedule: Schedule) -> list[bool]:
-    """For every step whether it is reused: the accumulated error of the magnitude, within the guards."""
+def reused_steps(
+    settings: MagCache, ratios: Sequence[float], schedule: Schedule, kept: Collection[int] = ()
+) -> list[bool]:
+    """For every step whether it is reused: by the accumulated error of the magnitude, within guards; never those kept."""
     mask: list[bool] = []
     product, total, in_a_row = 1.0, 0.0, 0
-    for ratio, may in zip(ratios, settings.allowed(schedule), strict=True):
+    for step, (ratio, may) in enumerate(zip(ratios, settings.allowed(schedule), strict=True)):
         product, in_a_row = product * ratio, in_a_row + 1
         total += abs(1 - product)
         within = not settings.max_consecutive or in_a_row <= settings.max_consecutive
         left = not settings.max_total or sum(mask) < settings.max_total
-        reuse = may and within and left and total < settings.threshold
+        reuse = may and within and left and step not in kept and total < settings.threshold
         if not reuse:
             product, total, in_a_row = 1.0, 0.0, 0
         mask.append(reuse)
     return mask
 
 
-def nearest(ratios: Sequence[float], steps: int) -> list[float]:
+def nearest(table: Sequence[Entry], steps: int) -> list[Entry]:
     """A table stretched to another number of steps: for each the nearest entry in relative position."""
-    scale = (len(ratios) - 1) / max(steps - 1, 1)
-    return [ratios[round(s * scale)] for s in range(steps)]
+    scale = (len(table) - 1) / max(steps - 1, 1)
+    return [table[round(s * scale)] for s in range(steps)]
 
 
 def _plain(steps: int) -> Schedule:

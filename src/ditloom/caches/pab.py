@@ -29,8 +29,8 @@ class PyramidAttentionBroadcast(Method):
     """In the flat middle of a run each attention is computed every n-th step and broadcast to the others.
 
     The more stable a kind of attention, the further it is broadcast: cross > temporal > spatial (joint attention
-    counts as spatial). Stored before the gate, so that the current gate applies; the original's Open-Sora and Latte keep
-    the value after it, old gate included, which was further from the plain run on both bundled models and is not
+    counts as spatial). Stored before the gate, so that the current gate applies; in Open-Sora and Latte the original
+    keeps the value after it, old gate included, which was further from the plain run on both bundled models and is not
     offered. Steps are counted from the first one of the run, so that on entering the window an output may be reused
     that was computed just outside.
 
