@@ -4,12 +4,15 @@
 
 Trains HarmoniCa's and Learning-to-Cache's routers for a sampler, steps and guidance, then draws pictures of other seeds
 with masks that compute the same share of the sub-modules' MACs: learned, uniform (FORA) and random (five of them). The
-number is the PSNR of the latents to the plain run's, over all pictures. Prints a table and JSON.
+number is the PSNR of the latents to the plain run's, over all pictures. `--whole-steps` adds every mask of the same
+share that computes a step whole or not at all: how good a mask there is. Prints a table and JSON.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,16 +40,26 @@ class Study:
     steps: int = 10
     sampler: str = "euler"
     pictures: int = 50
-    harmonica: str = "harmonica:trajectories=80"
-    learning_to_cache: str = "learning-to-cache:iterations=400"
+    harmonica: str = "harmonica:trajectories=80,target=0.6"
+    learning_to_cache: str = "learning-to-cache:iterations=400,target=0.6"
     intervals: tuple[int, ...] = (2, 3)
     """of the uniform masks, whose shares the others are given"""
+    whole_steps: bool = False
+    """also try all masks of whole steps, and show the best and the rank of the uniform one"""
 
 
 def uniform(steps: int, sites: int, interval: int) -> Tensor:
     """FORA's mask."""
     full = [s == 0 or (steps - 1 - s) % interval == 0 for s in range(steps)]
     return torch.tensor(full)[:, None].expand(-1, sites).clone()
+
+
+def whole_steps(steps: int, sites: int, full: int) -> Iterator[Tensor]:
+    """Every mask that computes `full` steps whole, the first among them, and the others not at all."""
+    for chosen in itertools.combinations(range(1, steps), full - 1):
+        rows = torch.zeros(steps, dtype=torch.bool)
+        rows[[0, *chosen]] = True
+        yield rows[:, None].expand(-1, sites).clone()
 
 
 def share_of(mask: Tensor, costs: Tensor) -> float:
@@ -59,6 +72,18 @@ def drawn(model: Model, inputs: list[Input], settings: dict[str, Any], mask: Ten
     using = [] if mask is None else [MaskedCache("mask", mask)]
     told = {key: settings[key] for key in ("steps", "sampler", "guidance")}
     return model.generate(inputs, seed=SEED, using=using, **told).latents
+
+
+def ranked(even: Tensor, share: float, judge: Callable[[Tensor], float]) -> dict[str, Any]:
+    """The best mask of whole steps that computes as many as the uniform one, and the uniform one's rank."""
+    found = sorted(
+        ((judge(mask), mask) for mask in whole_steps(*even.shape, int(even[:, 0].sum()))), key=lambda f: f[0]
+    )
+    own, (value, mask) = judge(even), found[-1]
+    rank = 1 + sum(other > own for other, _ in found)
+    name = f"best whole steps {mask[:, 0].nonzero().flatten().tolist()}"
+    print(f"{share:.3f}  {name} {value:.2f} dB; uniform is {rank} of {len(found)}", flush=True)
+    return {"mask": name, "budget": share, "share": share, "psnr": value, "rank of uniform": rank}
 
 
 def main(study: Study) -> None:
@@ -86,6 +111,8 @@ def main(study: Study) -> None:
             value = latent_psnr(drawn(model, inputs, settings, chosen), plain)
             rows.append({"mask": name, "budget": share, "share": share_of(chosen, costs), "psnr": value})
             print(f"{share:.3f}  {name:20} {rows[-1]['share']:.3f}  {value:.2f} dB", flush=True)
+        if study.whole_steps:
+            rows.append(ranked(mask, share, lambda m: latent_psnr(drawn(model, inputs, settings, m), plain)))
     print(json.dumps({"model": study.model, "settings": settings, "trainings": trainings, "rows": rows}))
 
 
