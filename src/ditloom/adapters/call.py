@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ class Call:
 
     values: Mapping[str, Any]
     rows: Rows
-    static: frozenset[str] = frozenset()
+    static: Collection[str] = ()
 
     def __getitem__(self, name: str) -> Any:
         """An argument; None where it was not given."""
@@ -73,7 +73,7 @@ class Constants:
 
     def mark(self, key: Hashable, told: Mapping[str, Any]) -> int:
         """A number that changes when what is told under `key` changes."""
-        leaves = tree_leaves(dict(told))
+        leaves = list(_leaves(told))
         marks = [Same(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         before = self._held.get(key)
         if before is None or not (before[0] == marks or _alike(before[1], leaves, before[0], marks)):
@@ -81,6 +81,15 @@ class Constants:
         else:
             self._held[key] = (marks, leaves, before[2])
         return self._held[key][2]
+
+
+def _leaves(told: Mapping[str, Any]) -> Iterator[Any]:
+    """What is told, one by one, containers opened."""
+    for value in told.values():
+        if isinstance(value, Tensor) or value is None:
+            yield value
+        else:
+            yield from tree_leaves(value)
 
 
 def _alike(old: list[Any], new: list[Any], old_marks: list[Any], new_marks: list[Any]) -> bool:

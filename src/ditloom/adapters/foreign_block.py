@@ -30,9 +30,9 @@ class ForeignBlock(Block):
     def forward(
         self, streams: Streams, context: Context, plan: BlockPlan | None = None, given: Mapping[str, Any] = NOTHING
     ) -> tuple[Streams, dict[str, Any]]:
-        at = visit(plan, given, streams.layout)
+        at = BARE if plan is None else visit(plan, given, streams.layout)
         if at is BARE or not self.sites:
-            return self.whole(streams, context, given), at.kept
+            return self.whole(streams, context, given), {}
         streams = through_hooks(self.inner, lambda *_, **__: self.inside(streams, context, given, at))
         return streams, at.kept
 

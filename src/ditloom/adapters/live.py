@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ditloom.adapters import slots
 from ditloom.adapters.call import Call, Signature
 from ditloom.adapters.contract import Adapter
+from ditloom.adapters.known import Known
 from ditloom.adapters.live_run import LiveRun, refuse_unsupported
 from ditloom.adapters.sources import Source
 from ditloom.adapters.timeline import Timeline
@@ -25,8 +26,6 @@ from ditloom.contracts.method import Handler, Method
 from ditloom.contracts.registries import METHODS
 from ditloom.contracts.settings import registered
 from ditloom.sites.combine import canonical, check_sites
-from ditloom.sites.fingerprint import Weights
-from ditloom.sites.surface import Surface
 
 Using = Sequence[str | Method | Handler]
 HELD = "_ditloom_attached"
@@ -48,8 +47,7 @@ class Live:
         self.adapter, self.module, self.source, self.memory_limit = adapter, module, source, memory_limit
         self.view, self.signature = View(adapter, module), Signature(module)
         self.methods = [m if isinstance(m, Method | Handler) else registered(METHODS, m) for m in expanded(methods)]
-        self.surfaces: dict[tuple[str, ...], dict[Layout, Surface]] = {}
-        self.weights = Weights(module)
+        self.known = Known(self.view, module, self.methods)
         self._try(adapter.layout(module))
         self.run: LiveRun | None = None
         self.line: Timeline | None = None
@@ -64,17 +62,10 @@ class Live:
                 raise UserError(
                     f"{name} changes how a run is sampled, which is said to the pipeline where it is called"
                 )
-        handlers = canonical(self.bind(layout, ("cond", "uncond")))
+        surface = self.known.surface(layout, ("cond", "uncond"))
+        handlers = canonical(self.known.handlers(surface))
         refuse_unsupported(handlers)
-        surface = Surface(self.view, layout, ("cond", "uncond"))
         check_sites({h.key: h.controls(surface) for h in handlers}, surface)
-
-    def bind(self, layout: Layout, branches: tuple[str, ...]) -> list[Handler]:
-        """The handlers of a run at a layout, but for what acts nowhere."""
-        known = self.surfaces.setdefault(branches, {})
-        surface = known.setdefault(layout, Surface(self.view, layout, branches))
-        bound = [m if isinstance(m, Handler) else m.bind(surface) for m in self.methods]
-        return [handler for handler in bound if type(handler) is not Handler]
 
     def hold(self, stack: ExitStack) -> None:
         """Take the place of the innermost forward until the stack unwinds."""
@@ -129,15 +120,14 @@ class Live:
         if batch % len(branches):
             listed = ", ".join(branches)
             raise UserError(f"a batch of {batch} rows cannot hold the guidance branches {listed} in equal parts")
-        return Call(values, Rows(branches, batch // len(branches)), frozenset(self.adapter.static))
+        return Call(values, Rows(branches, batch // len(branches)), self.adapter.static)
 
     def _first(self, call: Call, clock: Clock) -> Tensor:
         """The first call of a run: methods are bound to it, at its layout."""
         schedule = self.schedule
         with self.view.knowing(call) as layout:
-            handlers = self.bind(layout, schedule.branches)
-            known = (self.surfaces[schedule.branches], self.weights)
-            self.run = LiveRun(self.view, handlers, schedule, self.source.report, *known, self.memory_limit)
+            handlers = self.known.handlers(self.known.surface(layout, schedule.branches))
+            self.run = LiveRun(self.view, handlers, schedule, self.source.report, self.known, self.memory_limit)
             return self.run.answer(call, clock)
 
     def _check(self, call: Call, output: Tensor, result: Any) -> None:

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from ditloom.adapters.call import Arguments, Call, Constants
+from ditloom.adapters.known import Known
 from ditloom.adapters.view import View
 from ditloom.contracts.clock import Clock, Rows, Schedule
 from ditloom.contracts.condition import Condition
 from ditloom.contracts.errors import UserError
-from ditloom.contracts.layout import Layout
 from ditloom.contracts.method import Handler
 from ditloom.contracts.streams import Memory
-from ditloom.sites.fingerprint import MadeOf, Weights
-from ditloom.sites.program import overriding
+from ditloom.sites.fingerprint import MadeOf
+from ditloom.sites.program import Program, overriding
 from ditloom.sites.report import Report
 from ditloom.sites.run import Run
 from ditloom.sites.surface import Surface
@@ -43,15 +43,15 @@ class LiveRun(Run):
         handlers: Sequence[Handler],
         schedule: Schedule,
         report: Report,
-        surfaces: dict[Layout, Surface],
-        weights: Weights,
+        known: Known,
         memory_limit: int | None = None,
     ):
         refuse_unsupported(handlers)
         conditions = {branch: Condition() for branch in schedule.branches}
         super().__init__(view, handlers, schedule=schedule, conditions=conditions, memory_limit=memory_limit)
-        self.report, self._surfaces, self._weights = report, surfaces, weights
-        weights.forget()
+        self.report, self._known = report, known
+        self._surfaces, self._weights = known.surfaces(schedule.branches), known.weights
+        self._weights.forget()
         self._told: dict[str, Hashable] = {}
         self._constants = Constants()
         self._moment: tuple[int, int] | None = None
@@ -66,7 +66,7 @@ class LiveRun(Run):
         told = {k: v for k, v in call.values.items() if k not in (adapter.sample, adapter.timestep)}
         mark = self._constants.mark(names, told)
         self._told |= dict.fromkeys(names, (names, mark))
-        x = call[adapter.sample][: call.rows.samples]
+        x = call[adapter.sample] if len(names) == 1 else call[adapter.sample][: call.rows.samples]
         found = self.predict(x, clock, names)
         self.earlier |= found
         return found[names[0]] if len(names) == 1 else torch.cat([found[name] for name in names])
@@ -101,6 +101,9 @@ class LiveRun(Run):
         return tuple(dict.fromkeys((*names, *self.earlier, *self._others)))
 
     def learn(self, clock: Clock, found: dict[str, Tensor]) -> None:
+        assert self.program is not None
+        if not self.program.observers:
+            return
         before = self._learned[1] if self._learned is not None else {}
         self._learned = (clock, {**before, **found})
         seen = {*self.earlier, *self.call.rows.branches}
@@ -121,6 +124,9 @@ class LiveRun(Run):
     def made_of(self, branches: Iterable[str], clock: Clock, *what: Hashable) -> MadeOf:
         weights = self._weights.version(clock.step)
         return {b: self._marks(weights, self._told.get(b, b), *what) for b in branches}
+
+    def planned(self, surface: Surface) -> Program:
+        return self._known.program(self.handlers, self.schedule, surface)
 
     @property
     def _view(self) -> View:

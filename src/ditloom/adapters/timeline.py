@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -20,8 +23,9 @@ class Timeline:
     def __init__(self, times: Tensor, order: int = 1):
         self.times, self.order = times.detach().to("cpu", torch.float64), order
         self.last = -1
+        self._again = {k + 1 for k, (time, after) in enumerate(pairwise(self.times.tolist())) if time == after}
         self._visits: dict[tuple[int, str], int] = {}
-        self._rounded: dict[torch.dtype, list[float]] = {}
+        self._rounded: dict[torch.dtype, tuple[list[float], list[int]]] = {}
 
     @property
     def steps(self) -> int:
@@ -36,7 +40,7 @@ class Timeline:
 
     def place(self, given: Tensor, branches: tuple[str, ...], hint: int | None = None) -> int:
         """The position of a call's time [B] (its last value counts); `hint` is where the scheduler says it stands."""
-        value = float(given.reshape(-1)[-1].item())
+        value = float(given if given.numel() == 1 else given.flatten()[-1])
         found = self._candidates(value, given.dtype)
         if not found:
             near = float(self.times[(self.times - value).abs().argmin()])
@@ -56,7 +60,7 @@ class Timeline:
             self._visits[position, branch] = again + 1
         self.last = position
         step, stage = divmod(position, self.order)
-        if self.order == 1 and position and self.times[position] == self.times[position - 1]:
+        if self.order == 1 and position in self._again:
             stage = 1
         return step, stage + again
 
@@ -66,7 +70,9 @@ class Timeline:
     def _candidates(self, value: float, dtype: torch.dtype) -> list[int]:
         """Where the run has this time, as far as the dtype in which it is given can tell."""
         if dtype not in self._rounded:
-            self._rounded[dtype] = self.times.to(dtype).double().tolist()
+            rounded = self.times.to(dtype).double().sort(stable=True)
+            self._rounded[dtype] = rounded.values.tolist(), rounded.indices.tolist()
+        values, order = self._rounded[dtype]
         precision = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
         margin = max(2 * precision * abs(value), 1e-9)
-        return [k for k, time in enumerate(self._rounded[dtype]) if abs(time - value) <= margin]
+        return sorted(order[bisect_left(values, value - margin) : bisect_right(values, value + margin)])

@@ -78,7 +78,9 @@ class Pruning(Deciding):
 
     def limit(self, clock: Clock, memo: Mapping[str, Any]) -> float:
         """The threshold, relaxed where the blocks before have moved more and not too much more."""
-        told = [d for notes in memo.values() for step, d, _ in notes.get("measured", ()) if step == clock.step][:RECENT]
+        told = [d.difference for notes in memo.values() for d in notes.get("measured", ()) if d.step == clock.step][
+            :RECENT
+        ]
         relaxed = self.relax * sum(told) / len(told) if told else 0.0
         return max(self.threshold, relaxed) if relaxed < 2 * self.threshold else self.threshold
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isinf
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -19,7 +20,8 @@ from ditloom.sites.codecs import DELTA, HOLD
 from ditloom.sites.surface import Surface
 
 
-class Decision(NamedTuple):
+@dataclass(frozen=True)
+class Decision:
     """One difference that was measured, and what came of it."""
 
     step: int

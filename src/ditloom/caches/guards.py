@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from ditloom.caches.amounts import Amount, at_least, check_amount, count_of
@@ -56,7 +56,7 @@ class Guards:
         if self.mask:
             _bins(self.mask)
 
-    @property
+    @cached_property
     def window(self) -> Window:
         """Where reuse is allowed."""
         return Window(self.start, self.end, self.unit)

@@ -238,14 +238,18 @@ class Forward:
             value = block.modulated_in(self.entered[probe.block], context)
             self.macs += block.modulated_in_macs(self.entered[probe.block].layout)
         elif probe.kind == "residual":
-            (i, j), at = probe.span, self.rows.slice(self.rows.leading)
-            after, before = self.entered[j], self.entered[i]
+            after, before = self.entered[probe.span[1]], self.entered[probe.span[0]]
             if after.layout != before.layout:  # of the tokens that both have
-                return (after.segment("image")[at] - before.segment("image")[at]).detach()
-            return (after["image"][at] - before["image"][at]).detach()
+                return self._leading(after.segment("image")) - self._leading(before.segment("image"))
+            return self._leading(after["image"]) - self._leading(before["image"])
         else:
             value = self.entered[probe.block]["image"]
-        return value[self.rows.slice(self.rows.leading)].detach()
+        return self._leading(value)
+
+    def _leading(self, value: Tensor) -> Tensor:
+        """The rows of the leading branch, without their graph."""
+        rows = value if len(self.rows.branches) == 1 else value[self.rows.slice(self.rows.leading)]
+        return rows.detach()
 
     def predicted(self, planned: Planned) -> Any:
         """The predicted value of a site."""
@@ -294,9 +298,9 @@ class Forward:
 
     def _macs_without_added(self) -> int:
         """MACs per batch row of this forward without what handlers have added."""
-        added, layout = {s.name for s in self.added.segments}, self.surface.layout
-        if not added:
+        if not self.added.segments:
             return self.surface.total
+        added, layout = {s.name for s in self.added.segments}, self.surface.layout
         spans = tuple(span for span in layout.spans if span.name not in added)
         return self.run.surface_of(replace(layout, spans=spans)).total
 

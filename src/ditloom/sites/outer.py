@@ -48,9 +48,9 @@ class Outside:
         handlers = frozenset(p.handler.key for p in gated.values())
         found = self.run.forwards(self.x, self.clock, computing, self.program, handlers) if computing else {}
         self._learn(storing, found)
-        leading = self._leading(found)
-        for name in (n for n in self.names if n in gated):
-            found[name] = self._reused(gated[name], name, leading)
+        if gated:
+            leading = self._leading(found)
+            found |= {name: self._reused(gated[name], name, leading) for name in self.names if name in gated}
         return {name: found[name] for name in self.names}
 
     def _branches(self, planned: Planned) -> tuple[str, ...]:
@@ -73,10 +73,9 @@ class Outside:
         """Hand the computed predictions to those who observe, and store what later steps need."""
         if self.clock.may_reuse:
             self.run.learn(self.clock, found)
-        leading = self._leading(found)
         for planned in (p for p in storing if self.run.storable(p)):
             for name in (n for n in self._branches(planned) if n in found):
-                codec, x = planned.control.codec, self.x if planned.site.branch is None else leading
+                codec, x = planned.control.codec, self.x if planned.site.branch is None else self._leading(found)
                 depth, rows = planned.control.predictor.depth, Rows((name,), len(self.x))
                 z = codec.encode(x, found[name])
                 self.run.store.push(planned.place, rows, self.clock.step, z, depth, self.made_of)

@@ -269,10 +269,14 @@ class Run:
             surface = self.surface_of(streams.layout)
             self.report.macs += surface.entry * len(batch)
             self.plain_macs = surface.total
-            self.program = build(self.handlers, self.schedule, surface)
+            self.program = self.planned(surface)
             self._check_memory(streams, x)
             announce(self.backbone, self.program.static_plans())
         return self.program
+
+    def planned(self, surface: Surface) -> Program:
+        """The plan of all steps."""
+        return build(self.handlers, self.schedule, surface)
 
     def _check_memory(self, streams: Streams, x: Tensor) -> None:
         assert self.program is not None
