@@ -127,7 +127,7 @@ class Magnitudes(Handler):
 def reused_steps(
     settings: MagCache, ratios: Sequence[float], schedule: Schedule, kept: Collection[int] = ()
 ) -> list[bool]:
-    """For every step whether it is reused: by the accumulated error of the magnitude, within guards; never those kept."""
+    """For every step whether it is reused: the accumulated error of the magnitude, within guards; kept ones never."""
     mask: list[bool] = []
     product, total, in_a_row = 1.0, 0.0, 0
     for step, (ratio, may) in enumerate(zip(ratios, settings.allowed(schedule), strict=True)):
