@@ -114,8 +114,8 @@ def find(method: Learned, now: Circumstances) -> Assets | None:
         return kept[0]
     if not method.needs_calibration:
         return None
-    there = f"there is one for {'; '.join(kept[0].unlike(**facts))}. " if kept else ""
-    raise UserError(f"{key} needs a calibration of this model for this run: {there}Make it with  {now.command(key)}")
+    there = f" (there is one for {'; '.join(kept[0].unlike(**facts))})" if kept else ""
+    raise UserError(f"{key} needs a calibration of this model for this run{there}: make it with  {now.command(key)}")
 
 
 def keep(assets: Assets, key: str, now: Circumstances) -> Path:

@@ -75,7 +75,7 @@ def test_it_is_found_by_another_load_and_by_an_equal_spelling(model: Model) -> N
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"steps": 5}, f"there is one for steps {STEPS} and this run has 5. Make it with"),
+        ({"steps": 5}, f"there is one for steps {STEPS} and this run has 5): make it with"),
         ({"sampler": "heun"}, "there is one for sampler euler and this run has heun"),
         ({"guidance": 5.0}, "there is one for guidance cfg:scale=3.0 and this run has cfg:scale=5.0"),
     ],
@@ -95,14 +95,14 @@ def test_another_model_is_refused(model: Model, tmp_path: Path) -> None:
     (path,) = calibrated(model, "taocache")
     with torch.no_grad():
         next(model.backbone.parameters()).mul_(1.5)
-    with pytest.raises(UserError, match="needs a calibration of this model for this run: there is one for model"):
+    with pytest.raises(UserError, match="needs a calibration of this model for this run .there is one for model"):
         model.generate([0], using=["taocache"])
     with pytest.raises(UserError, match="the calibration of taocache was made for model .*: calibrate again"):
         model.generate([0], using=[f"taocache:calibration={path}"])
 
 
 def test_a_missing_one_is_told_with_the_command(model: Model) -> None:
-    with pytest.raises(UserError, match="Make it with  ditloom calibrate --model .* --sampler euler --guidance cfg"):
+    with pytest.raises(UserError, match="make it with  ditloom calibrate --model .* --sampler euler --guidance cfg"):
         model.generate([0], using=["magcache"])
 
 

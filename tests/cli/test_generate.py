@@ -128,6 +128,12 @@ REFUSALS = {
     ("--steps", "0"): "steps must be between 1 and 10000",
     ("--steps", "10001"): "steps must be between 1 and 10000",
     ("--using", "no-such-method"): "unknown method 'no-such-method'",
+    ("--using", "pab:low=0.5,high=0.2"): "the window between the noise levels 0.5 and 0.2 is empty",
+    ("--using", "fbcache:unit=index,start=30,end=40"): "the window 30 to 40 by index holds none of the 3 steps",
+    ("--using", "magcache"): "magcache needs a calibration of this model for this run: make it with ditloom calibrate",
+    ("--using", "skip-dit"): "DiT has no long skips",
+    ("--using", "magcache:calibration=nowhere"): "the calibration nowhere cannot be read",
+    ("--using", "fora:interval=2", "--using", "pab:low=-1,high=2"): "fora and pab cannot run together",
     ("--dtype", "bf61"): "unknown dtype 'bf61': did you mean 'bf16'",
     ("--device", "gpu"): "unknown device 'gpu'",
     ("--size", "18"): "multiples of its patch, 4",
@@ -228,3 +234,26 @@ def test_a_huge_prompt_is_cut_with_a_sentence(ditloom, tmp_path):
     ended = ditloom("generate", "red " * 5000, "a", "--model", model.save(tmp_path / "text"), "--out", "run")
     notes = [line for line in ended.err.splitlines() if line.startswith("note:")]
     assert ended.code == 0 and len(notes) == 1 and "1 of 2 prompts were longer" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "method, note",
+    [
+        ("pab:low=2.0,high=3.0", "pab changed nothing: on none of the 3 steps it may reuse anything"),
+        ("taylorseer:interval=3,warm_up=3", "taylorseer changed nothing: on none of the 3 steps"),
+        ("fbcache:threshold=1e-9", "fbcache never reused: threshold 1e-09 is below every difference"),
+        ("fbcache:threshold=1e9", "fbcache reused whenever it could: threshold 1e+09 is above every difference"),
+        ("fbcache:warmup=3", "fbcache changed nothing: on none of the 3 steps"),
+    ],
+)
+def test_a_method_that_did_nothing_or_all_it_could_is_told(generate, method, note):
+    ended = generate("ant", "--using", method, "--out", "run")
+    assert ended.code == 0 and note in ended.out
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_one_and_two_steps_are_the_plain_picture(generate, steps):
+    generate("ant", "--steps", steps, "--out", "plain")
+    for number, method in enumerate(("fbcache", "taylorseer", "teacache", "adacache", "toca")):
+        generate("ant", "--steps", steps, "--using", method, "--out", f"run{number}")
+        assert (pixels(f"run{number}/images/000000.png") == pixels("plain/images/000000.png")).all(), method

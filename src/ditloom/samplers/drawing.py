@@ -12,6 +12,7 @@ from torch import Tensor
 from ditloom.contracts.backbone import Backbone
 from ditloom.contracts.clock import Clock, Purpose, Schedule
 from ditloom.contracts.condition import Condition
+from ditloom.contracts.layout import Layout
 from ditloom.contracts.method import Handler
 from ditloom.contracts.process import Process
 from ditloom.contracts.sampler import Changed, Guidance, Sampler, Step
@@ -52,6 +53,11 @@ class Drawing:
         """From noise to data in `steps` steps of the sampler's own grid."""
         grid = self.sampler.grid(self.process, steps)
         return self.steps(self.prior(shape, float(grid[0])), grid)
+
+    def check(self, layout: Layout, steps: int) -> None:
+        """Refuse now what drawing would refuse once it has begun, such as handlers that cannot act together."""
+        self._start(self.sampler.grid(self.process, steps))
+        self.run.planned(self.run.surface_of(layout))
 
     def steps(self, x: Tensor, grid: Tensor) -> Iterator[Step]:
         """Walk x [B, ...] along the noise levels of `grid` [S + 1]."""

@@ -18,6 +18,7 @@ from ditloom.sites.surface import Surface
 
 USING = frozenset({Action.REUSE, Action.ROWS, Action.MIX})
 KEEPING = frozenset({Action.COMPUTE, Action.DEFER, Action.ROWS, Action.MIX})
+IDLE = frozenset({Action.COMPUTE})
 TWOFOLD = frozenset({Action.DEFER, Action.ROWS})
 Controls = Mapping[str, Sequence[Control]]
 Plans = Mapping[str, Steps]
@@ -117,6 +118,13 @@ class Program:
     def rulers(self) -> list[Handler]:
         """Handlers with attention rules."""
         return overriding(self.handlers, "rule")
+
+    @cached_property
+    def unused(self) -> tuple[str, ...]:
+        """Keys of handlers that control sites and are planned to use what is stored, or to decide on it, on no step."""
+        acting = {p.handler.key for step in self.steps for p in step.planned() if p.action not in IDLE}
+        controlling = overriding(self.handlers, "controls")
+        return tuple(handler.key for handler in controlling if handler.key not in acting)
 
     def static_plans(self) -> int:
         """At most how many distinct plans a block is called with: graphs per block kind for a compiler.

@@ -152,6 +152,8 @@ class Run:
         return _tensor_bytes(self._memos)
 
     def _remark(self, program: Program) -> None:
+        for key in program.unused:
+            self.report.note(f"{key} changed nothing: on none of the {self.schedule.steps} steps it may reuse anything")
         for handler in overriding(program.handlers, "remarks"):
             for sentence in handler.remarks(self.memo(handler)):
                 self.report.note(sentence)

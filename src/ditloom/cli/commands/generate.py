@@ -129,7 +129,8 @@ class Generate(Command):
             using=self.using,
         )
         with warnings.catch_warnings(action="ignore"):
-            model.batch(order.inputs[:1], [0], {**settings, "seed": 0}, self.negative, self.using)
+            batch = model.batch(order.inputs[:1], [0], {**settings, "seed": 0}, self.negative, self.using)
+            batch.drawing.check(model.surface(batch.shape).layout, batch.steps_total)
         return settings
 
     def _folder(self, mine: Share) -> Path:
