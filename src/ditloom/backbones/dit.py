@@ -106,11 +106,11 @@ class DiTBlock(Block):
         chunks = (context.spread(m, layout) for m in self.modulation(context.modulation["image"]))
         shift1, scale1, gate1, shift2, scale2, gate2 = chunks
 
-        h = at.tap("modulated_in", modulate(self.norm1(x), shift1, scale1))
-        x = torch.addcmul(x, gate1, at.around("attn", lambda h: self.attn(h, layout, context, at), h))
-        h = modulate(self.norm2(x), shift2, scale2)
-        mlp_rows = lambda index: self.mlp(take_rows(h, index))  # noqa: E731
-        x = torch.addcmul(x, gate2, at.around("mlp", lambda h: self.mlp(h, at), h, rows=mlp_rows))
+        enter = lambda x: at.tap("modulated_in", modulate(self.norm1(x), shift1, scale1))  # noqa: E731
+        x = torch.addcmul(x, gate1, at.around("attn", lambda x: self.attn(enter(x), layout, context, at), x))
+        read = lambda x: modulate(self.norm2(x), shift2, scale2)  # noqa: E731
+        mlp_rows = lambda index: self.mlp(take_rows(read(x), index))  # noqa: E731
+        x = torch.addcmul(x, gate2, at.around("mlp", lambda x: self.mlp(read(x), at), x, rows=mlp_rows))
         return streams.updated(image=x), at.kept
 
     def modulated_in(self, streams: Streams, context: Context) -> Tensor:

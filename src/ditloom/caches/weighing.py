@@ -16,6 +16,7 @@ from torch import Tensor
 from ditloom.sites.codecs import zip_map
 
 Weights = tuple[float, ...]
+CACHED = 1 << 17
 
 
 class Linear(ABC):
@@ -31,13 +32,31 @@ class Linear(ABC):
 
 
 def _weighted(values: Sequence[Tensor], weights: Weights) -> Tensor:
-    """The weighted sum, in float32 at least, in the dtype of the values."""
-    *others, newest = values
-    if not others:
+    """The weighted sum, in float32 at least, in the dtype of the values.
+
+    Of two values `lerp` makes it in one pass. Of more, piece by piece, so that what is added up stays in the cache.
+    """
+    newest = values[-1]
+    if len(values) == 1:
         return newest
+    if len(values) == 2:
+        return torch.lerp(newest, values[0], weights[0])
+    total, size = torch.empty(newest.shape, dtype=newest.dtype, device=newest.device), _piece(newest)
+    for into, *parts in zip(*(t.reshape(-1).split(size) for t in (total, *values)), strict=True):
+        into.copy_(_exactly(parts, weights))
+    return total
+
+
+def _exactly(values: Sequence[Tensor], weights: Weights) -> Tensor:
+    first, *others, newest = values
     exact = torch.promote_types(newest.dtype, torch.float32)
     base = newest.to(exact)
-    total = torch.lerp(base, others[0].to(exact), weights[0])
-    for z, w in zip(others[1:], weights[1:], strict=False):
+    total = torch.lerp(base, first.to(exact), weights[0])
+    for z, w in zip(others, weights[1:], strict=False):
         total = total.add_(z.to(exact) - base, alpha=w)
-    return total.to(newest.dtype)
+    return total
+
+
+def _piece(tensor: Tensor) -> int:
+    """How many values are summed at a time: on a processor as many as its cache holds, elsewhere all."""
+    return min(CACHED, tensor.numel()) if tensor.device.type == "cpu" else tensor.numel()

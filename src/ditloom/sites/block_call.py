@@ -100,8 +100,13 @@ class BlockCall:
         for planned in self.stored:
             forward.push(planned, planned.control.codec.encode(None, kept[planned.site.inner]))
         for placed in self.captures:
-            forward.deliver(placed, self._captured(placed, kept, layout))
+            if not self._left_out(placed, kept):
+                forward.deliver(placed, self._captured(placed, kept, layout))
         forward.added.store(self.index, kept, layout)
+
+    def _left_out(self, placed: Placed, kept: Mapping[str, Any]) -> bool:
+        """Whether a stage was not come by, because it lies in a site that was not computed."""
+        return _name(placed) not in kept and any(action in (Action.REUSE, Action.SKIP) for _, action in self.actions)
 
     def _captured(self, placed: Placed, kept: Mapping[str, Any], layout: Layout) -> Any:
         tap, name = placed.tap, _name(placed)
