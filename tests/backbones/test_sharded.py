@@ -43,4 +43,4 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", list(TINY))
 def test_two_processes_train_as_one(found: dict[str, Any], name: str) -> None:
     assert found[name]["moved"] > 1e-2
-    assert {mode: found[name][mode] for mode in MODES} == pytest.approx(dict.fromkeys(MODES, 0.0), abs=2e-4)
+    assert {mode: found[name][mode] for mode in MODES} == pytest.approx(dict.fromkeys(MODES, 0.0), abs=5e-4)

@@ -43,6 +43,7 @@ def batch_of(network: Backbone, world: World, step: int) -> TrainBatch:
 
 def trained(name: str, world: World, **settings: Any) -> dict[str, Tensor]:
     """The weights after the steps, whole, on the leader."""
+    torch.manual_seed(0)  # for buffers that are drawn
     network = make(name)
     # with so large an eps a step goes nearly along the gradient, so that rounding stays small
     phase = Phase(objectives={"near": Near()}, optimiser=Adam(lr=0.5, eps=1.0))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from ditloom.contracts.method import Handler, Tap
-from ditloom.sites.compiling import announce, compile_blocks
+from ditloom.parts.mix_ffn import MixFFN
+from ditloom.sites.compiling import announce, compile_blocks, keep_layouts
 from tests.sites import toys
 from tests.sites.driving import by_run, same
 from tests.sites.walkthroughs import Added, Broadcast, Captures, FirstBlockCache, Inject, SomeRows
@@ -59,6 +62,22 @@ def test_the_recompile_limit_holds_what_is_announced() -> None:
         compile_blocks(model, backend="eager")
         assert announce(model, 5) == 2 * 5 and config.recompile_limit == 80
         assert config.accumulated_recompile_limit == 640
+
+
+@pytest.mark.slow
+def test_gradients_of_a_compiled_convolution_over_tokens_are_right_and_channels_last() -> None:
+    keep_layouts()
+    ffn, x = MixFFN(16, 24), torch.randn(2, 12, 16, requires_grad=True)
+    gradients = lambda: torch.autograd.grad(ffn(x, (3, 4)).square().sum(), [x, *ffn.parameters()])  # noqa: E731
+    plain = gradients()
+    ffn.compile(fullgraph=True, dynamic=False)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled, codes = run_and_get_code(gradients)
+    for a, b in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    backward = next(code for code in codes if "aten.convolution_backward.default(" in code)
+    strides = re.findall(r"\(2, 48, 3, 4\), \(([\d, ]+)\)", backward)
+    assert strides and set(strides) == {"576, 1, 192, 48"}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,11 +21,23 @@ def compile_blocks(backbone: Backbone, plans: int = 1, *, frozen: bool = False, 
     if frozen:
         backbone.eval().requires_grad_(False)
     backbone.frozen = frozen
+    if options.get("backend", "inductor") == "inductor":
+        keep_layouts()
     for block in backbone.blocks:
         block.compile(fullgraph=True, dynamic=False, **options)
         if frozen:
             block._compiled_call_impl = traced_frozen(block._compiled_call_impl)
     return announce(backbone, plans)
+
+
+@cache
+def keep_layouts() -> None:
+    """Gradients of convolutions over tokens stay channels-last: inductor copies what a backward pass hands to a kernel
+    of torch's into the contiguous layout, in which depthwise convolutions take five times as long."""
+    from torch._inductor.lowering import constrain_to_fx_strides, make_fallback
+
+    backward = torch.ops.aten.convolution_backward
+    make_fallback(backward, constrain_to_fx_strides, warn=False, override_decomp=True)
 
 
 def traced_frozen(call: Any) -> Callable[..., Any]:
