@@ -47,11 +47,9 @@ class Circumstances:
     def of(cls, model: Model, shape: Sequence[int], settings: Mapping[str, Any] | None = None) -> Circumstances:
         """Those of a model at a latent size, under sampling settings (its own by default)."""
         chosen = model.settings() if settings is None else settings
-        folder = None if model.folder is None else Path(model.folder)
-        own = folder is not None and not folder.is_relative_to(PACKAGE)
         return cls(
-            name=str(folder) if own else str(model.info.get("name", "MODEL")),
-            folder=folder,
+            name=written(model),
+            folder=None if model.folder is None else Path(model.folder),
             model=fingerprint(model.backbone),
             process=json.dumps(model.process.config(), sort_keys=True, default=str),
             sampler=spelled(registered(SAMPLERS, chosen["sampler"])),
@@ -76,6 +74,13 @@ class Circumstances:
         """Where calibrations are looked for: with the model, and in the user's cache."""
         shared = cache_folder() / "calibration" / self.model
         return [shared] if self.folder is None else [self.folder / "calibration", shared]
+
+
+def written(model: Model) -> str:
+    """How a user writes a model: its folder, or the name of one that is bundled."""
+    folder = None if model.folder is None else Path(model.folder)
+    own = folder is not None and not folder.is_relative_to(PACKAGE)
+    return str(folder) if own else str(model.info.get("name", "MODEL"))
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -67,9 +67,14 @@ def test_ctrl_c_loses_nothing(compare, monkeypatch):
 def test_the_pick_comes_with_the_flags_to_use_it(compare, ditloom, model_folder):
     ended = compare("--sets", "fora:interval=2", "--quality", "psnr>5", "--out", "run")
     lines = ended.out.splitlines()
-    command = next(line for line in lines if line.startswith("ditloom generate --using "))
+    command = next(line for line in lines if line.startswith("ditloom generate "))
     assert any(line.startswith("Best of what is psnr > 5: ") for line in lines)
-    assert ditloom(*command.split()[1:], "--model", model_folder, "--steps", 4, "--out", "drawn", "bee").code == 0
+    assert command.startswith(f"ditloom generate --model {model_folder} --steps 4 ")
+    drawn = ditloom(*command.split()[1:], "--out", "drawn", "bee", "--json").document["settings"]
+    told = json.loads(Path("run/comparison.json").read_text())["protocol"]
+    assert [drawn[name] for name in ("steps", "sampler", "guidance")] == [
+        told[name] for name in ("steps", "sampler", "guidance")
+    ]
     none = compare("--sets", "fora:interval=2", "--budget", "900x", "--out", "run")
     assert none.code == 0 and "No set is at least 900x as fast. The nearest is " in none.out
 

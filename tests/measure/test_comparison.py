@@ -177,7 +177,9 @@ def test_a_pick_is_measured_again_on_other_seeds(model, tmp_path, monkeypatch):
     assert choice.kept is (choice.again.value("psnr") >= 10)
     told = choice_in_words(found)
     assert told[0].startswith("Best of what is psnr > 10: ") and "seeds it was not picked on (2, 3)" in told[1]
-    assert told[2] == f"ditloom generate {' '.join('--using ' + m for m in choice.pick.best.methods)}"
+    drawing = f"ditloom generate --model {model.info.get('name', 'MODEL')}"
+    assert told[2].startswith(drawing)
+    assert told[2].endswith(" ".join("--using " + m for m in choice.pick.best.methods))
     monkeypatch.setattr(Bench, "measured", lambda *_: pytest.fail("measured twice"))
     assert run(model, SETS[:2], seeds=(0, 1), quality="psnr>10", folder=tmp_path).to_dict() == found.to_dict()
 
@@ -212,7 +214,7 @@ def test_the_json_has_these_keys(found):
     assert sorted(told) == ["choice", "format", "front", "inputs", "methods", "protocol", "remarks", "rows", "seeds"]
     measured = {"times", "plain_times", "processor_share", "macs", "share_saved", "share_reused", "scores", "heat"}
     measured |= {"peak_bytes", "held_bytes"}
-    derived = {"seconds", "speedup", "speedup_range", "flags", "matched", "margins"}
+    derived = {"seconds", "speedup", "speedup_range", "flags", "command", "matched", "margins"}
     assert set(told["rows"][1]) == measured | derived | {
         *("name", "methods", "control", "refused", "steps", "absent", "notes")
     }

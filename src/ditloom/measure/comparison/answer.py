@@ -53,7 +53,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows (the plain run first, then the sets, then the controls) under one protocol, with their pictures by name."""
+    """Rows (the plain run first, then the sets, then the controls) under one protocol, with their pictures by name.
+
+    drawing: the command that draws as the plain run did.
+    """
 
     protocol: Protocol
     question: Question
@@ -61,6 +64,11 @@ class Comparison:
     pictures: Mapping[str, Pictures]
     remarks: tuple[str, ...] = ()
     choice: Choice | None = None
+    drawing: str = "ditloom generate"
+
+    def command(self, row: Row) -> str:
+        """How to draw with a set as it was compared."""
+        return f"{self.drawing} {Candidate(row.methods).flags}".rstrip()
 
     @property
     def plain(self) -> Row:
@@ -133,8 +141,8 @@ class Comparison:
     def _row_dict(self, row: Row) -> dict[str, Any]:
         control = self.control_of(row) if row.refused is None and row.methods else None
         margins = {metric: self.margin(row, metric) for metric in HIGHER_IS_BETTER} if control is not None else {}
-        flags = Candidate(row.methods).flags
-        return {**row.to_dict(), "flags": flags, "matched": control.name if control else None, "margins": margins}
+        told = {"flags": Candidate(row.methods).flags, "command": self.command(row)}
+        return {**row.to_dict(), **told, "matched": control.name if control else None, "margins": margins}
 
 
 def matched(row: Row, plain: Row, question: Question) -> int | None:

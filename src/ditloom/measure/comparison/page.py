@@ -165,7 +165,7 @@ def _card(found: Comparison, items: Sequence[Advice]) -> str:
         f'<p class="name">{_breaking(row.name)}</p><p class="why">{escape(explanation(row))}</p>'
         f'<p class="looks"><b>{psnr:.1f} dB</b> {escape(looks(psnr))}</p>{rivals}'
         '<div class="thumbs" aria-hidden="true"></div>'
-        f"{_copyable('ditloom generate ' + Candidate(row.methods).flags)}</article>"
+        f"{_copyable(found.command(row))}</article>"
     )
 
 

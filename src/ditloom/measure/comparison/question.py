@@ -7,10 +7,12 @@ import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ditloom.calibration import written
 from ditloom.contracts.errors import UserError
 from ditloom.contracts.metric import Protocol
 from ditloom.contracts.registries import SAMPLERS
@@ -91,6 +93,16 @@ def sampling_for(model: Model, **given: Any) -> tuple[dict[str, Any], str | None
         f"comparison runs on {changed['sampler']}, {changed['steps']} steps; --sampler {own['sampler']} keeps it"
     )
     return model.settings(**changed), told
+
+
+def drawn_as(model: Model, settings: Mapping[str, Any]) -> str:
+    """The command that draws like the plain run: the model, and the settings that are not its own."""
+    own, names = {**model.settings(), "negative": None}, ("steps", "sampler", "guidance", "size", "negative")
+    asked = {name: settings[name] for name in names if settings.get(name) not in (None, own[name])}
+    if isinstance(asked.get("size"), Sequence):
+        asked["size"] = "x".join(map(str, asked["size"]))
+    listed = {"model": written(model), **asked}
+    return " ".join(["ditloom generate", *(f"--{name} {quote(str(value))}" for name, value in listed.items())])
 
 
 def evaluations_of(settings: Mapping[str, Any], steps: int) -> int:

@@ -17,7 +17,7 @@ from ditloom.measure.comparison.choice import Budget, Quality, pick
 from ditloom.measure.comparison.folder import Folder
 from ditloom.measure.comparison.ledger import Follow, Ledger
 from ditloom.measure.comparison.presets import preset as sets_of
-from ditloom.measure.comparison.question import Question, protocol, sampling_for
+from ditloom.measure.comparison.question import Question, drawn_as, protocol, sampling_for
 from ditloom.measure.comparison.row import Row
 from ditloom.measure.comparison.scores import NO_DATA, scorer
 
@@ -94,7 +94,7 @@ def compare(
     ledger.measure(controls)
     rows = tuple(ledger.rows[candidate] for candidate in dict.fromkeys([*plain_and, *controls]))
     remarks = tuple(sentence for sentence in (told, made, _busy(rows)) if sentence is not None)
-    found = Comparison(said, question, rows, ledger.pictures, remarks)
+    found = Comparison(said, question, rows, ledger.pictures, remarks, drawing=drawn_as(model, question.settings))
     if not any(limits):
         return found
     check = _ledger(model, question.with_seeds(others), extractor, real, place and place / CHECK, follow)

@@ -157,7 +157,7 @@ def choice_in_words(found: Comparison) -> list[str]:
     if again is not None and choice.protocol is not None:
         still = "still is" if choice.kept else "is no longer"
         told.append(f"On seeds it was not picked on ({choice.protocol.seeds}) it {still} that: {_figures(again)}.")
-    return [*told, f"ditloom generate {Candidate(best.methods).flags}"]
+    return [*told, found.command(best)]
 
 
 def _figures(row: Row) -> str:
