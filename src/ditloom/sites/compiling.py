@@ -38,6 +38,7 @@ def keep_layouts() -> None:
 
     backward = torch.ops.aten.convolution_backward
     make_fallback(backward, constrain_to_fx_strides, warn=False, override_decomp=True)
+    torch.compiler.config.cache_key_tag += " channels-last"  # graphs that were cached without it are others
 
 
 def traced_frozen(call: Any) -> Callable[..., Any]:
