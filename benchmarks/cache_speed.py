@@ -11,6 +11,7 @@ import torch
 
 import ditloom
 from benchmarks.dit_speed import randomise
+from benchmarks.machine import clock
 from benchmarks.timing import interleaved, ratios
 from ditloom.contracts.backbone import Backbone
 from ditloom.contracts.condition import Condition
@@ -67,7 +68,7 @@ def main() -> None:
     randomise(net)
     names: list[str | None] = [None, *METHODS_TIMED]
     reports = {str(name): run(net, name) for name in names}
-    times = interleaved({str(name): lambda name=name: run(net, name) for name in names}, RUNS, warm_up=0)
+    times = interleaved({str(name): lambda name=name: run(net, name) for name in names}, RUNS, 0, clock())
     found = {}
     for name in METHODS_TIMED:
         allowed, reached = reports[name].full_macs / reports[name].macs, ratios(times["None"], times[name])
