@@ -56,7 +56,7 @@ from recipes.family_study.report import summarised, write_report
 MACS = 16_000_000
 IMAGES, BATCH, LOG = 25_600, 64, 1_280
 RATES = (8e-3, 1.6e-2, 3.2e-2)
-BOUNDS = (2e-3, 3.2e-2)
+BOUNDS = (1e-3, 3.2e-2)
 SEEDS = (0, 1, 2)
 DRAWN, STEPS, HELD_OUT = 500, 10, 1_000
 CLASSES, FOLD, SIDE = 10, 4, 32

@@ -109,8 +109,10 @@ def test_its_convolutions_stand_where_attention_does() -> None:
 def test_bad_input_is_one_sentence() -> None:
     with pytest.raises(UserError, match="as deep going down as going up"):
         DiCConfig(width=16, depths=(2, 4, 1, 3, 2))
-    with pytest.raises(UserError, match="multiple of its groups; got 18"):
+    with pytest.raises(UserError, match="multiples of their groups; got 18"):
         DiCConfig(width=18, depths=(1, 1, 1, 1, 1))
+    with pytest.raises(UserError, match="multiples of their groups; got 72"):
+        DiCConfig(width=72, depths=(1, 1, 1, 1, 1))
     with pytest.raises(UserError, match="two halvings divide, 4; got 8x6, try 8x4"):
         backbone = make("dic")
         x, t, condition = inputs(backbone)
