@@ -62,7 +62,7 @@ class DiCConfig(BackboneConfig):
         if len(self.depths) != len(STAGES) or self.depths != self.depths[::-1]:
             raise UserError(f"a DiC has five stages, as deep going down as going up; got depths {list(self.depths)}")
         if self.width % 4 or any(n % groups_of(n) for n in (self.width << scale for scale in range(4))):
-            raise UserError(f"the norms of a DiC need w, 2w, 4w and 8w to be multiples of their groups; got {self.width}")
+            raise UserError(f"a DiC needs width, 2, 4 and 8 times it to be multiples of their groups; got {self.width}")
 
     @property
     def out_channels(self) -> int:
