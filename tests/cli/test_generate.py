@@ -243,7 +243,7 @@ def test_a_huge_prompt_is_cut_with_a_sentence(ditloom, tmp_path):
         ("taylorseer:interval=3,warm_up=3", "taylorseer changed nothing: on none of the 3 steps"),
         ("fbcache:threshold=1e-9", "fbcache never reused: threshold 1e-09 is below every difference"),
         ("fbcache:threshold=1e9", "fbcache reused whenever it could: threshold 1e+09 is above every difference"),
-        ("fbcache:warmup=3", "fbcache changed nothing: on none of the 3 steps"),
+        ("fbcache:warmup=3", "fbcache computed every step: its guards left it nothing to decide"),
     ],
 )
 def test_a_method_that_did_nothing_or_all_it_could_is_told(generate, method, note):

@@ -145,8 +145,10 @@ def estimate_generate(model: Model, order: Order, settings: Mapping[str, Any], p
 def simulated(model: Model, shape: tuple[int, ...], size: int, branches: int) -> tuple[int, int]:
     """Bytes of the weights, and of the largest of what a forward and the decoding hold beside them."""
     config, dtype = model.config(), model.backbone.dtype
+    with torch.device("meta"):  # a module without content cannot be laid out otherwise, as some are when made
+        latents = instance(LATENTS, config["latents"])
     with without_content() as meter, torch.no_grad():
-        latents, backbone = instance(LATENTS, config["latents"]), hollow(model)
+        latents, backbone = _emptied(latents), hollow(model)
         with made_in(dtype):
             _, t, condition = backbone.example(size * branches)
         weights = sum(t.numel() * t.element_size() for part in (backbone, latents) for t in _tensors(part))
@@ -155,6 +157,16 @@ def simulated(model: Model, shape: tuple[int, ...], size: int, branches: int) ->
         backbone(torch.cat([x] * branches).to(dtype), t, condition.to(dtype=dtype))
         latents.decode(x)
         return weights, meter.peak - weights
+
+
+def _emptied(part: nn.Module) -> Any:
+    """A module with new tensors of the same shapes."""
+    for module in part.modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype)))
+        for name, tensor in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(tensor.shape, dtype=tensor.dtype))
+    return part
 
 
 def _tensors(part: nn.Module) -> Iterator[Tensor]:

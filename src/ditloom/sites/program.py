@@ -121,10 +121,12 @@ class Program:
 
     @cached_property
     def unused(self) -> tuple[str, ...]:
-        """Keys of handlers that control sites and are planned to use what is stored, or to decide on it, on no step."""
+        """Keys of handlers that control sites and are planned to use what is stored, or to decide on it, on no step;
+        but for those that remark on their runs themselves.
+        """
         acting = {p.handler.key for step in self.steps for p in step.planned() if p.action not in IDLE}
-        controlling = overriding(self.handlers, "controls")
-        return tuple(handler.key for handler in controlling if handler.key not in acting)
+        silent = (h for h in overriding(self.handlers, "controls") if h not in overriding(self.handlers, "remarks"))
+        return tuple(handler.key for handler in silent if handler.key not in acting)
 
     def static_plans(self) -> int:
         """At most how many distinct plans a block is called with: graphs per block kind for a compiler.
