@@ -48,8 +48,8 @@ def test_growth_is_that_of_the_stack() -> None:
     residuals: list[torch.Tensor] = []
     original = model.run
 
-    def watched(streams, context):  # type: ignore[no-untyped-def]
-        left = original(streams, context)
+    def watched(streams, context, *where):  # type: ignore[no-untyped-def]
+        left = original(streams, context, *where)
         residuals.append((left["image"] - streams["image"])[:2])
         return left
 
