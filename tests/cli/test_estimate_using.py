@@ -98,3 +98,9 @@ def test_what_is_refused(refused: Any, model_folder: Any) -> None:
     both_at_once = refused(*asked, "fora:interval=2", "--using", "taylorseer:interval=2", "--steps", 6)
     assert "fora and taylorseer cannot run together" in both_at_once
     assert "dbcache always computes the first 8" in refused(*asked, "dbcache")
+
+
+@pytest.mark.slow
+def test_of_a_model_with_an_autoencoder(ditloom: Any) -> None:
+    found = ditloom("estimate", "--model", "emoji", "--steps", 2, "--using", "fora:interval=2", "--probe", 0, "--json")
+    assert found.code == 0 and found.document["macs"] < found.document["plain_macs"]

@@ -164,8 +164,8 @@ def _emptied(part: nn.Module) -> Any:
     for module in part.modules():
         for name, tensor in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype)))
-        for name, tensor in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(tensor.shape, dtype=tensor.dtype))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
     return part
 
 
