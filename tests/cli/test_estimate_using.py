@@ -102,5 +102,5 @@ def test_what_is_refused(refused: Any, model_folder: Any) -> None:
 
 @pytest.mark.slow
 def test_of_a_model_with_an_autoencoder(ditloom: Any) -> None:
-    found = ditloom("estimate", "--model", "emoji", "--steps", 2, "--using", "fora:interval=2", "--probe", 0, "--json")
+    found = ditloom("estimate", "--model", "emoji", "--steps", 5, "--using", "fora:interval=2", "--probe", 0, "--json")
     assert found.code == 0 and found.document["macs"] < found.document["plain_macs"]
