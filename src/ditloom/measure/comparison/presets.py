@@ -10,13 +10,20 @@ from ditloom.contracts.registries import METHODS
 from ditloom.measure.comparison.candidates import CONTROL
 
 CURATED: Mapping[str, tuple[str, ...]] = {
+    "adacache": ("adacache", "adacache:max_consecutive=2,warmup=3,predictor=taylor"),
     "dbcache": ("dbcache:first=2,warmup=4,threshold=0.12",),
     "dbprune": ("dbprune:first=1,warmup=4",),
     "fbcache": ("fbcache", "fbcache:threshold=0.15"),
     "fora": ("fora:interval=2", "fora"),
     "guidance-gate": ("guidance-gate", "guidance-gate:start=0.7"),
+    "magcache": ("magcache", "magcache:threshold=0.12,max_consecutive=2,predictor=taylor"),
+    "taocache": ("taocache", "taocache:start=0.2,max_consecutive=1"),
     "taylorseer": ("taylorseer:interval=2,order=1", "taylorseer:interval=3,order=1", "taylorseer"),
-    "teacache": ("teacache:threshold=0.05", "teacache:threshold=0.1"),
+    "teacache": (
+        "teacache:threshold=0.05",
+        "teacache:threshold=0.1",
+        "teacache:fit=identity,threshold=0.15,predictor=taylor",
+    ),
 }
 """Settings by method, where the published defaults alone are not what one would begin with on a model of few blocks."""
 
