@@ -1,7 +1,7 @@
 """Every image family from scratch on Fashion-MNIST, at equal MACs and equal images: which differences outlast the bars?
 
     OMP_NUM_THREADS=1 python -m recipes.family_study rates      # every family, three learning rates or more, one seed
-    OMP_NUM_THREADS=1 python -m recipes.family_study seeds      # two more seeds for those near the best, and DiT
+    OMP_NUM_THREADS=1 python -m recipes.family_study seeds      # two more seeds for DiT and what did better
     python -m recipes.family_study report                       # docs/family-study.md and the curves beside it
 
 Runs may be started in several processes; each takes the next one that nobody has, and what is finished stays. Where a
@@ -246,12 +246,13 @@ def best_rates(results: list[dict[str, Any]]) -> Iterator[tuple[str, float, list
 
 
 def contenders(results: list[dict[str, Any]]) -> Iterator[Case]:
-    """More seeds for the best family, for DiT, and for all that two deviations do not separate from the best."""
+    """More seeds for DiT, for all that did better, and for all that two deviations do not separate from the best."""
     rows = sorted(summarised(results), key=lambda row: row["loss"])
     deviation = max((row["loss_sd"] for row in rows if math.isfinite(row["loss_sd"])), default=0.0)
+    near = rows[0]["loss"] + 2 * math.sqrt(2) * deviation
+    plain = next((row["loss"] for row in rows if row["family"] == "dit"), near)
     for row in rows:
-        near = row["loss"] - rows[0]["loss"] <= 2 * math.sqrt(2) * deviation
-        if near or row["family"] == "dit":
+        if row["loss"] <= max(near, plain):
             yield from (Case(row["family"], row["rate"], seed) for seed in SEEDS[1:])
 
 
