@@ -130,7 +130,7 @@ REFUSALS = {
     ("--using", "no-such-method"): "unknown method 'no-such-method'",
     ("--using", "pab:low=0.5,high=0.2"): "the window between the noise levels 0.5 and 0.2 is empty",
     ("--using", "fbcache:unit=index,start=30,end=40"): "the window 30 to 40 by index holds none of the 3 steps",
-    ("--using", "magcache"): "magcache needs a calibration of this model for this run: make it with ditloom calibrate",
+    ("--using", "magcache"): "magcache needs a calibration of this model for this run",
     ("--using", "skip-dit"): "DiT has no long skips",
     ("--using", "magcache:calibration=nowhere"): "the calibration nowhere cannot be read",
     ("--using", "fora:interval=2", "--using", "pab:low=-1,high=2"): "fora and pab cannot run together",
