@@ -1,11 +1,6 @@
 """Two gloo processes on the CPU against one: DDP and FSDP2, accumulation, bf16, objectives with heads, faults."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,26 +9,13 @@ from safetensors.torch import load_file
 from ditloom.training import checkpoint
 from ditloom.training.launch import World
 from tests.training import tiny, two_ranks
-
-ROOT = Path(__file__).parents[2]
+from tests.two_processes import run_as_two
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.training.two_ranks", str(folder)]
-    processes = [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **shared, "PYTHONPATH": paths, "RANK": rank, "LOCAL_RANK": rank}
-        )
-        for rank in ("0", "1")
-    ]
-    assert [process.wait(timeout=500) for process in processes] == [0, 0]
+    run_as_two("tests.training.two_ranks", folder, timeout=500)
     return folder
 
 
