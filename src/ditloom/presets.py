@@ -34,11 +34,16 @@ def presets() -> dict[str, BackboneConfig]:
     return found
 
 
+def preset(name: str) -> BackboneConfig:
+    """A published preset, its name in upper or lower case."""
+    known = presets()
+    found = {key.casefold(): config for key, config in known.items()}.get(name.casefold())
+    if found is None:
+        raise UnknownName("backbone", name, known)
+    return found
+
+
 def build(name: str, **changes: Any) -> Backbone:
     """A freshly initialised backbone by its published name, with settings changed: build("DiT-S/2", image_size=16)."""
-    known = presets()
-    by_fold = {k.casefold(): k for k in known}
-    if name.casefold() not in by_fold:
-        raise UnknownName("backbone", name, known)
-    preset = known[by_fold[name.casefold()]]
-    return type(preset).from_dict({**preset.to_dict(), **changes}).build()
+    config = preset(name)
+    return type(config).from_dict({**config.to_dict(), **changes}).build()

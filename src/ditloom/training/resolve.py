@@ -10,7 +10,7 @@ from ditloom.contracts.data import DataSource
 from ditloom.contracts.errors import UnknownName, UserError
 from ditloom.contracts.registries import CONDITIONERS, LATENTS
 from ditloom.contracts.settings import parse
-from ditloom.presets import config_class, presets
+from ditloom.presets import config_class, preset
 from ditloom.training.config import Spec
 
 PARTS = ("backbone", "process", "latents", "conditioner", "sampling", "info")
@@ -42,10 +42,7 @@ def family_of(spec: Spec) -> tuple[Any, dict[str, Any]]:
     """The configuration class of a backbone given by published name or family, and the values it starts from."""
     name = spec if isinstance(spec, str) else spec.get("preset")
     if name is not None:
-        known = presets()
-        found = {key.casefold(): value for key, value in known.items()}.get(str(name).casefold())
-        if found is None:
-            raise UnknownName("backbone", str(name), known)
+        found = preset(str(name))
         return type(found), found.to_dict()
     if isinstance(spec, str) or "family" not in spec:
         raise UserError("a backbone needs a 'family' or a 'preset'")
