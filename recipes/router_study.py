@@ -20,7 +20,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from ditloom.caches.routers import SCORES, MaskedCache, computed, costs_of, threshold_of
+from ditloom.caches.routers import SCORES, MaskedCache, computed, costs_of, share_of, threshold_of
 from ditloom.contracts.registries import TRAININGS
 from ditloom.contracts.settings import registered
 from ditloom.data.fashion_mnist import CLASSES
@@ -60,11 +60,6 @@ def whole_steps(steps: int, sites: int, full: int) -> Iterator[Tensor]:
         rows = torch.zeros(steps, dtype=torch.bool)
         rows[[0, *chosen]] = True
         yield rows[:, None].expand(-1, sites).clone()
-
-
-def share_of(mask: Tensor, costs: Tensor) -> float:
-    """Share of the sub-modules' MACs that a mask computes."""
-    return float((mask * costs).sum() / (costs.sum() * len(mask)))
 
 
 def drawn(model: Model, inputs: list[Input], settings: dict[str, Any], mask: Tensor | None) -> Tensor:

@@ -236,15 +236,6 @@ def claimed(path: Path) -> bool:
         return True
 
 
-def best_rates(results: list[dict[str, Any]]) -> Iterator[tuple[str, float, list[float]]]:
-    """Every family that has results, its best rate, and all that were tried, ascending."""
-    for family in ENTRANTS:
-        own = [r for r in results if r["family"] == family and r["seed"] == SEEDS[0]]
-        if own:
-            best = min(own, key=lambda r: r["held_out_loss"] if math.isfinite(r["held_out_loss"]) else math.inf)
-            yield family, best["rate"], sorted(r["rate"] for r in own)
-
-
 def contenders(results: list[dict[str, Any]]) -> Iterator[Case]:
     """More seeds for DiT, for all that did better, and for all that two deviations do not separate from the best."""
     rows = sorted(summarised(results), key=lambda row: row["loss"])
@@ -258,10 +249,11 @@ def contenders(results: list[dict[str, Any]]) -> Iterator[Case]:
 
 def beyond(results: list[dict[str, Any]]) -> Iterator[Case]:
     """For every family whose best rate is the last one tried on its side, the next."""
-    for family, best, tried in best_rates(results):
+    for row in summarised(results):
+        best, tried = row["rate"], row["tried"]
         for edge, following in ((tried[0], best / 2), (tried[-1], best * 2)):
             if best == edge and BOUNDS[0] <= following <= BOUNDS[1]:
-                yield Case(family, following, SEEDS[0])
+                yield Case(row["family"], following, SEEDS[0])
 
 
 def until_settled(cases: Callable[[list[dict[str, Any]]], Iterator[Case]]) -> None:

@@ -30,7 +30,7 @@ def summarised(results: Sequence[Result]) -> Iterator[Result]:
         firsts = {rate: next((r for r in rs if r["seed"] == 0), rs[0]) for rate, rs in rates.items()}
         best = min(firsts, key=lambda rate: _or_infinite(firsts[rate]["held_out_loss"]))
         chosen = rates[best]
-        row = {"family": family, "rate": best, "rates": len(rates), "seeds": len(chosen), "macs": chosen[0]["macs"]}
+        row = {"family": family, "rate": best, "tried": sorted(rates), "seeds": len(chosen), "macs": chosen[0]["macs"]}
         row |= {"parameters": chosen[0]["parameters"], "speed": max(r["images_per_second"] for r in chosen)}
         for name, key in (("loss", "held_out_loss"), ("frechet", "frechet")):
             values = [r[key] for r in chosen]

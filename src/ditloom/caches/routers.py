@@ -73,6 +73,11 @@ def costs_of(surface: Surface) -> Tensor:
     return torch.tensor([site.cost for site in surface.submodules], dtype=torch.float64)
 
 
+def share_of(mask: Tensor, costs: Tensor) -> float:
+    """The share of all sub-modules' MACs that a mask [S, sites] computes."""
+    return float((mask * costs).sum() / (costs.sum() * len(mask)))
+
+
 def threshold_of(scores: Tensor, share: float, costs: Tensor) -> float:
     """The threshold at which the first step and the highest scores of the others take `share` of all MACs, at most."""
     if share >= 1:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ditloom.caches.routers import Gates, computed, threshold_of
+from ditloom.caches.routers import Gates, computed, share_of, threshold_of
 
 MEMORY = 0.1
 """Weight of the newest measurement in the running mean of what computing a sub-module is worth."""
@@ -46,5 +46,4 @@ class Price:
 
     def share(self) -> float:
         """The share of all sub-modules' MACs that the scores compute now."""
-        mask = computed(self.gates.scores.detach(), self.threshold)
-        return float((mask * self.costs).sum() / (self.costs.sum() * len(mask)))
+        return share_of(computed(self.gates.scores.detach(), self.threshold), self.costs)
